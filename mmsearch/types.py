@@ -91,7 +91,7 @@ class Source:
     path: str | None
     stamp: Stamp | None
     captions: tuple[str, ...] = ()
-    metadata: Metadata = field(default=NO_METADATA)
+    metadata: Metadata = field(default_factory=lambda: NO_METADATA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Item:
     id: str
     path: str | None
     captions: tuple[str, ...] = ()
-    metadata: Metadata = field(default=NO_METADATA)
+    metadata: Metadata = field(default_factory=lambda: NO_METADATA)
     width: int | None = None
     height: int | None = None
     taken_at: str | None = None

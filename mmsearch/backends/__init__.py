@@ -1,0 +1,1 @@
+"""What runs the towers: onnxruntime for a cold query and plain CPUs, torch for GPUs and everything else."""

@@ -1,0 +1,117 @@
+"""The library as the commands see it: each call imports what it needs when it is made.
+
+Decisions:
+- Collaborators come in as arguments: a test hands the command line another `Library`, or this one with
+  an encoder whose answers are known.
+- Nothing here is imported by `mmsearch --help`: no numpy, no torch, no FAISS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmsearch.cli.progress import Bar
+    from mmsearch.encoder import Encoder
+    from mmsearch.evaluate.report import Evaluation
+    from mmsearch.searcher import Searcher
+    from mmsearch.store import Problem
+    from mmsearch.types import BuildReport
+
+
+class Library:
+    """What the commands call. `encoder`: used by all of them instead of loading a model."""
+
+    def __init__(self, encoder: Encoder | None = None) -> None:
+        self._encoder = encoder
+
+    def build(
+        self,
+        paths: Sequence[str],
+        out: Path,
+        *,
+        max_pixels: int | None = None,
+        **options: Any,  # noqa: ANN401 - as `build` has them
+    ) -> BuildReport:
+        """`mmsearch.builder.build`; options that are None are left to it."""
+        from mmsearch.builder import build
+        from mmsearch.data.images import Limits
+
+        limits = Limits() if max_pixels is None else Limits(max_pixels=max_pixels)
+        given = {name: value for name, value in options.items() if value is not None}
+        return build(paths, out, encoder=self._encoder, limits=limits, **given)
+
+    def open(self, path: Path, *, device: str) -> Searcher:
+        """`mmsearch.searcher.Searcher.open`."""
+        from mmsearch.searcher import Searcher
+
+        return Searcher.open(path, encoder=self._encoder, device=device)
+
+    def find_index(self, home: Path) -> Path:
+        """The most recently updated index under `home`."""
+        from mmsearch.searcher import find_index
+
+        return find_index(home)
+
+    def info(self, path: Path) -> dict[str, Any]:
+        """Facts about an index; loads no model."""
+        from mmsearch.store import IndexStore
+
+        with IndexStore.open(str(path)) as store:
+            return store.info()
+
+    def verify(self, path: Path) -> list[Problem]:
+        """What is wrong with an index, also one that is too damaged to open."""
+        from mmsearch.store.directory import verify
+
+        return verify(str(path))
+
+    def evaluate(
+        self,
+        pairs: str,
+        *,
+        model: str | None,
+        device: str,
+        progress: Bar,
+        **options: Any,  # noqa: ANN401 - as `evaluate_file` has them
+    ) -> Evaluation:
+        """`mmsearch.evaluate.evaluator.evaluate_file`."""
+        from mmsearch.encoder import Encoder
+        from mmsearch.evaluate.evaluator import evaluate_file
+
+        encoder = self._encoder or Encoder.load(model, device=device)
+        return evaluate_file(pairs, encoder=encoder, progress=progress, **options)
+
+    def bundled_model(self) -> dict[str, Any]:
+        """Facts about the bundled model as JSON values; reads its config and card, none of its weights."""
+        from mmsearch.towers.checkpoint import CARD, Checkpoint
+        from mmsearch.towers.locate import BUNDLED
+
+        opened = Checkpoint.open(BUNDLED, verify=False)
+        config, card = opened.config, opened.directory / CARD
+        files = [opened.directory / name for name in opened.files]
+        return {
+            "name": opened.name,
+            "dim": config.dim,
+            "text tower": config.text.kind,
+            "max tokens": config.max_tokens,
+            "image tower": config.image.backbone,
+            "image size": config.preprocessing.size,
+            "megabytes": round(sum(file.stat().st_size for file in files if file.exists()) / 1e6, 1),
+            "weights": opened.identity.weights,
+            "card": str(card),
+            "figures": last_table(card.read_text(encoding="utf-8")) if card.exists() else [],
+        }
+
+
+def last_table(markdown: str) -> list[str]:
+    """The lines of the last table of a page: where a model card has its figures."""
+    tables: list[list[str]] = [[]]
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    return next((table for table in reversed(tables) if table), [])

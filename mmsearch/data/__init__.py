@@ -1,0 +1,1 @@
+"""Files become items and pairs here: PIL and numpy, never torch."""

@@ -1,0 +1,83 @@
+"""Pictures with their captions, for training and evaluation: a table, a captions file, or a folder with side-cars."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from mmsearch.data import formats
+from mmsearch.data.folder import Rules, Walk
+from mmsearch.data.records import joined, locate
+from mmsearch.data.texts import OnSkip
+from mmsearch.errors import InputError
+from mmsearch.types import Pair, Skipped, SkipReason
+
+_ALIASES = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
+
+
+def read_pairs(
+    path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None
+) -> Iterator[Pair]:
+    """Pairs in the order of the file; several rows of one picture are one pair.
+
+    `split`: only pairs of this split ("train", "val" or "test"; "dev" and "validation" mean "val").
+    A pair's group is its picture's path, or what the column `group` says. Pictures that are not there and
+    rows without a caption are reported to `on_skip`. Raises `InputError` when there is no such path or
+    no pair of that split.
+    """
+    absolute = os.path.abspath(path)
+    if os.path.isdir(absolute):
+        pairs = _from_folder(absolute, on_skip)
+    elif os.path.lexists(absolute):
+        table = format or formats.sniff(absolute)
+        if table is None:
+            expected = f"a folder or a table ({', '.join(formats.names())})"
+            raise InputError(path, expected=expected, got=os.path.basename(path), do="Name its format.")
+        pairs = _from_table(absolute, table, on_skip)
+    else:
+        raise InputError(path, expected="a folder or a table", got="no such path", do="Check the path.")
+    return pairs if split is None else _of_split(pairs, split, path)
+
+
+def _from_folder(path: str, on_skip: OnSkip) -> Iterator[Pair]:
+    for source in Walk(Rules(), on_skip, [path]).folder(path):
+        if source.captions and source.path is not None:
+            group, split = source.metadata.get("group"), source.metadata.get("split")
+            yield Pair(
+                source.path,
+                source.captions,
+                group=group if isinstance(group, str) else source.path,
+                split=_canonical(split) if isinstance(split, str) else None,
+            )
+
+
+def _from_table(path: str, format: str, on_skip: OnSkip) -> Iterator[Pair]:
+    records, finder = formats.open_table(path, format=format, on_skip=on_skip)
+    for record in joined(records):
+        if record.image is None or not record.captions:
+            missing = "caption" if record.image else "picture"
+            on_skip(Skipped(f"{path}:{record.line}", SkipReason.BAD_ROW, f"no {missing}"))
+        elif (found := locate(path, record, finder=finder, on_skip=on_skip)) is not None:
+            yield Pair(
+                found[0],
+                record.captions,
+                group=record.group or found[0],
+                split=_canonical(record.split) if record.split else None,
+            )
+
+
+def _of_split(pairs: Iterator[Pair], split: str, path: str) -> Iterator[Pair]:
+    wanted, seen, count = _canonical(split), set(), 0
+    for pair in pairs:
+        seen.add(pair.split)
+        if pair.split == wanted:
+            count += 1
+            yield pair
+    if not count:
+        got = ", ".join(sorted(name or "none" for name in seen)) or "no pairs at all"
+        raise InputError(path, expected=f"pairs of split {split}", got=got, do="Name another split, or none.")
+
+
+def _canonical(split: str) -> str:
+    lower = split.strip().lower()
+    return _ALIASES.get(lower, lower)

@@ -1,0 +1,162 @@
+"""One row of any table of pictures and texts, and how rows become items.
+
+Decisions:
+- Rows of one picture are one item with all their captions, wherever they stand; a temporary database on
+  disk brings them together, so that a long table needs no memory. Items come in the order of the table.
+- Identity below the table: the picture as the table writes it; a text without a picture has its `id`, else
+  its content. Row numbers are no identity: a line put in at the top would change every item.
+- The user's own table may name pictures anywhere, also by absolute paths; they are only ever decoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+
+import xxhash
+
+from mmsearch.data.reading import skip_reason, stamp_of
+from mmsearch.data.texts import OnSkip, unique
+from mmsearch.errors import ResourceError
+from mmsearch.types import Skipped, SkipReason, Source, Stamp
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row: `image` as written (None: text only), `line` of the table for messages, counted from 1."""
+
+    line: int
+    image: str | None
+    captions: tuple[str, ...] = ()
+    id: str | None = None
+    split: str | None = None
+    group: str | None = None
+    metadata: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Identity below the table."""
+        if self.image is not None:
+            return self.image
+        if self.id is not None:
+            return f"id:{self.id}"
+        return "text:" + xxhash.xxh3_64_hexdigest("\0".join(self.captions).encode("utf-8", "surrogatepass"))
+
+
+@dataclass(slots=True)
+class Finder:
+    """Finds the pictures a table names: relative to the first of `places` (folders) where there is one."""
+
+    places: list[str]
+
+    def find(self, image: str) -> tuple[str, Stamp]:
+        """Absolute path and stamp; `FileNotFoundError` or another `OSError` when it is in none of them."""
+        if os.path.isabs(image):
+            return image, stamp_of(os.stat(image))
+        for position, place in enumerate(self.places):
+            path = os.path.normpath(os.path.join(place, image))
+            try:
+                stamp = stamp_of(os.stat(path))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if position:  # the next one is most likely there too
+                self.places.insert(0, self.places.pop(position))
+            return path, stamp
+        raise FileNotFoundError(2, "no such picture", image)
+
+
+def table_places(path: str) -> list[str]:
+    """Where the pictures of a table are looked for: its folder, or that folder's `images`."""
+    base = os.path.dirname(path)
+    return [base, os.path.join(base, "images"), os.path.join(base, "Images")]
+
+
+def wide_places(path: str) -> list[str]:
+    """As `table_places`, then every folder beside the table and beside its folder."""
+    base = os.path.dirname(path)
+    parent = os.path.dirname(base)
+    return [*table_places(path), *_folders_in(base), parent, *_folders_in(parent)]
+
+
+def joined(records: Iterable[Record]) -> Iterator[Record]:
+    """Rows of one name become one: captions in order and once, the first row's other values before later ones."""
+    for _, group in itertools.groupby(_brought_together(records), key=lambda record: record.name):
+        first, *others = group
+        if not others:
+            yield first
+            continue
+        captions = unique(tuple(c for record in (first, *others) for c in record.captions))
+        metadata: dict[str, object] = {}
+        for record in reversed((first, *others)):
+            metadata.update(record.metadata)
+        split = next((r.split for r in (first, *others) if r.split), None)
+        group_id = next((r.group for r in (first, *others) if r.group), None)
+        yield Record(first.line, first.image, captions, first.id, split, group_id, metadata)
+
+
+def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: OnSkip) -> Iterator[Source]:
+    """The items of a table (absolute path); rows whose picture cannot be found are reported."""
+    for record in joined(records):
+        stated = {"id": record.id, "split": record.split, "group": record.group}
+        metadata = {**{k: v for k, v in stated.items() if v is not None}, **record.metadata}
+        path = stamp = None
+        if record.image is not None:
+            found = locate(table, record, finder=finder, on_skip=on_skip)
+            if found is None:
+                continue
+            path, stamp = found
+        yield Source(table, record.name, path, stamp, record.captions, metadata)
+
+
+def locate(table: str, record: Record, *, finder: Finder, on_skip: OnSkip) -> tuple[str, Stamp] | None:
+    """The picture of a row; None, and a report, when it cannot be found."""
+    image, line = record.image or "", f"line {record.line} of {os.path.basename(table)}"
+    if _URL.match(image):
+        on_skip(Skipped(image, SkipReason.UNSUPPORTED, f"a URL, in {line}"))
+        return None
+    try:
+        return finder.find(image)
+    except (OSError, ValueError) as error:
+        reason = skip_reason(error) if isinstance(error, OSError) else SkipReason.BAD_ROW
+        path = os.path.normpath(os.path.join(os.path.dirname(table), image))
+        on_skip(Skipped(path, reason, f"named in {line}"))
+        return None
+
+
+def _brought_together(records: Iterable[Record]) -> Iterator[Record]:
+    """The same records with those of one name next to each other, names in order of first appearance."""
+    try:
+        with closing(sqlite3.connect("")) as db:  # a private file that goes with the connection
+            db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, name BLOB, record TEXT)")
+            db.executemany(
+                "INSERT INTO rows (name, record) VALUES (?, ?)",
+                ((r.name.encode("utf-8", "surrogatepass"), json.dumps(asdict(r))) for r in records),
+            )
+            db.execute("CREATE TABLE firsts AS SELECT name, MIN(row) AS first FROM rows GROUP BY name")
+            db.execute("CREATE INDEX by_name ON rows (name, row)")
+            query = "SELECT record FROM firsts JOIN rows USING (name) ORDER BY first, row"
+            for (text,) in db.execute(query):
+                values = json.loads(text)
+                values["captions"] = tuple(values["captions"])
+                yield Record(**values)
+    except sqlite3.OperationalError as error:
+        raise ResourceError(
+            "reading a table", expected="room for a temporary file", got=str(error), do="Free some disk space."
+        ) from error
+
+
+def _folders_in(path: str) -> Sequence[str]:
+    try:
+        with os.scandir(path) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    except OSError:
+        return ()
+    return [os.path.join(path, name) for name in sorted(names, key=os.fsencode)]

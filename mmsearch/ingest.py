@@ -1,0 +1,311 @@
+"""The indexing pipeline: what differs -> decoded ahead -> encoded in batches -> committed.
+
+`builder` decides what belongs to the index; this carries it out. Pictures flow through
+`Loader.load` in order; everything that needs no decoding (moves, copies, new captions) is put
+into the batch directly, so that one commit holds both.
+
+Decisions:
+- A failed picture never shifts its neighbours: every request carries a key, and what comes back is
+  looked up by that key.
+- A commit follows after `COMMIT_ROWS` pictures or `COMMIT_SECONDS`, whichever is first: a kill costs at most that.
+- Texts of a batch are encoded together at the commit, in one call.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mmsearch.data.images import Limits
+from mmsearch.data.loading import Failed, Loaded, Loader, file_digest
+from mmsearch.store.base import Batch, Change, ChangeKind, ItemState, Known, Move, Skip, Touch, Upsert
+from mmsearch.types import BuildReport, Skipped, SkipReason, Source, Stamp
+
+if TYPE_CHECKING:
+    from mmsearch.encoder import Encodes
+    from mmsearch.store.directory import IndexStore
+
+COMMIT_ROWS = 512
+COMMIT_SECONDS = 5.0
+
+NOT_REMEMBERED = frozenset({SkipReason.VANISHED, SkipReason.CHANGING, SkipReason.OUT_OF_MEMORY})
+"""Skips that say nothing about the file itself: it is tried again next time."""
+
+
+class Told(Protocol):
+    """What the pipeline says about how far it is."""
+
+    def advance(self, n: int, *, note: str = "") -> None:
+        """`n` more items are done."""
+        ...
+
+
+@dataclass(slots=True)
+class Counts:
+    """Running totals of a build, in items."""
+
+    added: int = 0
+    changed: int = 0
+    moved: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    encoded_images: int = 0
+    encoded_texts: int = 0
+
+
+@dataclass(slots=True)
+class Pending:
+    """Work collected since the last commit."""
+
+    batch: Batch = field(default_factory=Batch)
+    texts: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # position in batch.upserts -> captions
+    items: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Ingest:
+    """Brings a store up to date with a stream of changes. `close` commits what is encoded and stops the workers."""
+
+    def __init__(
+        self,
+        store: IndexStore,
+        encoder: Encodes,
+        *,
+        batch_size: int,
+        workers: int | None,
+        limits: Limits,
+        told: Told,
+    ) -> None:
+        self._store, self._encoder, self._told = store, encoder, told
+        self._batch_size = batch_size
+        self._loader = Loader(preprocessing=encoder.preprocessing, workers=workers, limits=limits)
+        self._waiting: dict[int, Change] = {}
+        self._moved: set[int] = set()
+        self._next_key = 0
+        self._pending = Pending()
+        self._gone: Iterator[Change] = iter(())
+        self._loaded: list[Loaded] = []
+        self.skipped: list[Skipped] = []
+        self.notes: list[str] = []
+        self.counts = Counts()
+
+    def report(self, index: Path) -> BuildReport:
+        """The totals so far."""
+        c = self.counts
+        return BuildReport(
+            index, added=c.added, changed=c.changed, moved=c.moved, unchanged=c.unchanged, removed=c.removed,
+            encoded_images=c.encoded_images, encoded_texts=c.encoded_texts,
+        )  # fmt: skip
+
+    def run(self, changes: Iterator[Change], is_gone: Callable[[str | None, str], bool]) -> list[str]:
+        """Carry out all changes. Returns the paths of items that are not there and are kept (`is_gone` said no)."""
+        try:
+            for result in self._loader.load(self._requests(changes)):
+                self._take(result)
+        finally:
+            self._encode_loaded()
+            self._commit()
+        return self._remove_gone(is_gone)
+
+    def close(self) -> None:
+        """Stop the decoding workers."""
+        self._loader.close()
+
+    # What differs -> requests for the loader
+
+    def _requests(self, changes: Iterator[Change]) -> Iterator[tuple[int, str]]:
+        for change in changes:
+            if change.source is None:
+                self._gone = _chain_first(change, changes)
+                return
+            if self._settled(change, change.source):
+                self._finish_items(1)
+                continue
+            key, self._next_key = self._next_key, self._next_key + 1
+            self._waiting[key] = change
+            yield key, str(change.source.path)
+
+    def _settled(self, change: Change, source: Source) -> bool:
+        """Deal with a change that needs no decoding; False when the picture must be read."""
+        known = change.known
+        if change.kind is ChangeKind.UNCHANGED and known is not None:
+            self._count_unchanged(known)
+            return True
+        if change.kind is ChangeKind.TEXT_CHANGED and known is not None:
+            self._upsert(source, known=known, upsert=Upsert(source, stamp=source.stamp, keep_image=known.has_image))
+            return True
+        if source.path is None:
+            self._upsert(source, known=known, upsert=Upsert(source))
+            return True
+        if change.kind is ChangeKind.SUSPECT and known is not None:
+            return self._settle_suspect(change, source, known)
+        if change.kind is ChangeKind.NEW and source.stamp and self._store.known_size(source.stamp.size):
+            return self._settle_seen_content(source)
+        return False
+
+    def _count_unchanged(self, known: Known) -> None:
+        self.counts.unchanged += 1
+        if known.state is ItemState.SKIPPED and known.reason is not None:
+            self.skipped.append(Skipped(known.path or known.name, known.reason, known.detail))
+
+    def _settle_suspect(self, change: Change, source: Source, known: Known) -> bool:
+        if known.content_hash is None:
+            return False
+        digest, stamp = _digest(source)
+        if digest is None or digest != known.content_hash:
+            return False
+        if change.text_changed and known.state is ItemState.OK:
+            self._upsert(
+                source, known=known, upsert=Upsert(source, stamp=stamp, content_hash=digest, keep_image=known.has_image)
+            )
+        else:
+            self._pending.batch.touched.append(Touch(known.item, stamp))
+            self._count_unchanged(known)
+        return True
+
+    def _settle_seen_content(self, source: Source) -> bool:
+        digest, stamp = _digest(source)
+        if digest is None or stamp is None:
+            return False
+        same = [k for k in self._store.find_content(digest) if k.state is ItemState.OK and k.has_image]
+        moved = [k for k in same if k.item not in self._moved and not self._still_there(k)]
+        if moved:
+            known = moved[0]
+            self._moved.add(known.item)
+            self._pending.batch.moves.append(Move(known.item, source, stamp))
+            if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)):
+                self._upsert(
+                    source, known=known, counted=False,
+                    upsert=Upsert(source, stamp=stamp, content_hash=digest, keep_image=True),
+                )  # fmt: skip
+            self.counts.moved += 1
+            return True
+        if same:
+            copy = Upsert(source, stamp=stamp, content_hash=digest, image_from=same[0].item)
+            self._upsert(source, known=None, upsert=copy)
+            return True
+        return False
+
+    def _still_there(self, known: Known) -> bool:
+        return self._store.was_seen(known) or (known.path is not None and os.path.lexists(known.path))
+
+    # Decoded pictures -> vectors -> commit
+
+    def _take(self, result: Loaded | Failed) -> None:
+        if isinstance(result, Loaded):
+            self._loaded.append(result)
+            if len(self._loaded) >= self._batch_size:
+                self._encode_loaded()
+            return
+        source = self._source(result.key)
+        self._skip(source, result.skipped, stamp=result.stamp, content_hash=result.content_hash)
+        del self._waiting[result.key]
+        self._finish_items(1)
+
+    def _source(self, key: int) -> Source:
+        source = self._waiting[key].source
+        assert source is not None  # only changes with a source become requests
+        return source
+
+    def _encode_loaded(self) -> None:
+        loaded, self._loaded = self._loaded, []
+        if not loaded:
+            return
+        vectors, ok = self._encoder.encode_pixels(np.stack([one.pixels for one in loaded]))
+        for one, vector, good in zip(loaded, vectors, ok, strict=True):
+            change, source = self._waiting.pop(one.key), None
+            source = change.source
+            assert source is not None
+            if not good:
+                skip = Skipped(source.path or source.name, SkipReason.BAD_EMBEDDING, "the model gave no finite vector")
+                self._skip(source, skip, stamp=one.stamp, content_hash=one.content_hash)
+                continue
+            self._upsert(source, known=change.known, upsert=_upsert_of(one, source, vector))
+            self.counts.encoded_images += 1
+        self._finish_items(len(loaded))
+
+    def _skip(self, source: Source, skipped: Skipped, *, stamp: Stamp | None, content_hash: bytes | None) -> None:
+        self.skipped.append(skipped)
+        if skipped.reason not in NOT_REMEMBERED:
+            self._pending.batch.skips.append(Skip(source, skipped, stamp or source.stamp, content_hash))
+
+    def _upsert(self, source: Source, *, known: Known | None, upsert: Upsert, counted: bool = True) -> None:
+        if known is not None and known.captions == source.captions and not _text_only_change(known, upsert):
+            upsert = replace(upsert, keep_text=True)
+        elif source.captions:
+            self._pending.texts.append((len(self._pending.batch.upserts), source.captions))
+        self._pending.batch.upserts.append(upsert)
+        if counted and known is not None and known.state is ItemState.OK:
+            self.counts.changed += 1
+        elif counted:
+            self.counts.added += 1
+
+    def _finish_items(self, n: int) -> None:
+        self._told.advance(n)
+        self._pending.items += n
+        if self._pending.items >= COMMIT_ROWS or time.monotonic() - self._pending.since > COMMIT_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        pending, self._pending = self._pending, Pending()
+        if not len(pending.batch):
+            return
+        texts = [text for _, captions in pending.texts for text in captions]
+        if texts:
+            vectors, start = self._encoder.encode_texts(texts), 0
+            for position, captions in pending.texts:
+                rows = vectors[start : start + len(captions)]
+                pending.batch.upserts[position] = replace(pending.batch.upserts[position], text_vectors=rows)
+                start += len(captions)
+            self.counts.encoded_texts += len(texts)
+        self._store.commit(pending.batch)
+
+    # What is gone
+
+    def _remove_gone(self, is_gone: Callable[[str | None, str], bool]) -> list[str]:
+        kept: list[str] = []
+        removals: list[int] = []
+        for change in self._gone:
+            known = change.known
+            if known is None or known.item in self._moved:
+                continue
+            if is_gone(known.path, known.root):
+                removals.append(known.item)
+            elif known.path is not None:
+                kept.append(known.path)
+        for start in range(0, len(removals), 10_000):
+            self._store.commit(Batch(removals=removals[start : start + 10_000]))
+        self.counts.removed += len(removals)
+        return kept
+
+
+def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:
+    info = one.info
+    return Upsert(
+        source, stamp=one.stamp, content_hash=one.content_hash, image_vector=vector,
+        width=info.width, height=info.height, taken_at=info.taken_at, note=info.note,
+    )  # fmt: skip
+
+
+def _text_only_change(known: Known, upsert: Upsert) -> bool:
+    """Rows of a remembered skip hold no texts yet, so its captions must be encoded."""
+    return known.state is not ItemState.OK
+
+
+def _digest(source: Source) -> tuple[bytes | None, Stamp | None]:
+    """Content hash and stamp of the file, or nothing when it cannot be read just now (the loader will say why)."""
+    try:
+        return file_digest(str(source.path))
+    except OSError:
+        return None, None
+
+
+def _chain_first(first: Change, rest: Iterable[Change]) -> Iterator[Change]:
+    yield first
+    yield from rest

@@ -1,0 +1,175 @@
+"""What a writer does to rows as a whole: repair, compaction, derived files. Each is one durable step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from mmsearch.errors import IndexDamagedError
+from mmsearch.store.base import Derived, DerivedWriter
+from mmsearch.store.checksums import ends_digest
+from mmsearch.store.disk import REENCODE
+from mmsearch.store.manifest import DERIVED_FOLDER
+from mmsearch.store.snapshot import DirectorySnapshot
+from mmsearch.store.sqlite import is_text, write_meta
+from mmsearch.store.vectors import BLOCK_ROWS, digest, file_name, wrong_blocks
+from mmsearch.store.writer import Writer
+from mmsearch.types import Modality
+
+STALE_SHARE = 0.02
+"""A derived file is written anew when it lacks more than this share of the rows; searches scan the rest."""
+
+
+def drop_damaged(writer: Writer) -> int:
+    """Remove every item that has a row in a damaged block, so that a scan finds it NEW; how many.
+
+    The bytes stay as they are and are recorded as such, dead.
+    """
+    facts = writer.facts()
+    path, dim = writer.path_of(facts), int(facts["dim"])
+    blocks = writer.db.execute("SELECT first, count, xxh3 FROM blocks ORDER BY first").fetchall()
+    wrong = list(wrong_blocks(path, blocks, dim=dim))
+    if not wrong:
+        return 0
+    lost = 0
+    with writer.transaction() as db:
+        for first, count, found in wrong:
+            inside = "SELECT item FROM rows WHERE row >= ? AND row < ?"
+            span = (first, first + count)
+            items = [item for (item,) in db.execute(f"SELECT DISTINCT item FROM ({inside})", span)]
+            for item in items:
+                db.execute("INSERT INTO dead SELECT row, part IS NOT NULL FROM rows WHERE item = ?", (item,))
+                db.execute("DELETE FROM rows WHERE item = ?", (item,))
+                db.execute("DELETE FROM items WHERE item = ?", (item,))
+            db.execute("UPDATE blocks SET xxh3 = ? WHERE first = ?", (found, first))
+            lost += len(items)
+    return lost
+
+
+def compact(writer: Writer, *, share: float, at_least: int) -> bool:
+    """Write a new vector file of the rows that are alive, pictures first, and switch to it."""
+    facts = writer.facts()
+    rows = int(facts["rows"])
+    dead = int(writer.db.execute("SELECT count(*) FROM dead").fetchone()[0])
+    if rows < at_least or dead == 0 or dead <= share * rows:
+        return False
+    name = file_name(int(facts["generation"]) + 1)
+    blocks: list[tuple[int, int, str, int]] = []
+    with DirectorySnapshot(writer.folder, lenient=True) as snapshot:
+        _refuse_damage(snapshot, snapshot.execute("SELECT first, count, xxh3 FROM blocks ORDER BY first"))
+        need = (rows - dead) * snapshot.dim * 2
+        writer.disk.put(os.path.join(writer.folder, name), _alive(snapshot, blocks), need=need)
+    with writer.transaction() as db:
+        db.execute(
+            "CREATE TEMP TABLE moved AS SELECT row_number() OVER (ORDER BY part IS NOT NULL, row) - 1 AS row,"
+            " item, part FROM rows"
+        )
+        db.execute("DELETE FROM rows")
+        db.execute("INSERT INTO rows (row, item, part) SELECT row, item, part FROM temp.moved")
+        db.execute("UPDATE items SET image = m.row FROM temp.moved AS m WHERE m.item = items.item AND m.part IS NULL")
+        db.execute("DROP TABLE temp.moved")
+        db.execute("DELETE FROM dead")
+        db.execute("DELETE FROM blocks")
+        writer.add_blocks(blocks)
+        write_meta(db, {"rows": rows - dead, "vectors": name})
+    writer.finish()
+    return True
+
+
+def clear(writer: Writer, facts: Mapping[str, Any]) -> None:
+    """Forget every item and start over with these facts and an empty vector file of a new name."""
+    before = writer.facts()
+    name = file_name(int(before["generation"]) + 1)
+    writer.disk.append(os.path.join(writer.folder, name), [], at=0)
+    writer.disk.sync_dir(writer.folder)
+    kept = {"generation": before["generation"], "created_at": before["created_at"], "vectors": name}
+    with writer.transaction() as db:
+        for table in ("items", "rows", "dead", "blocks"):
+            db.execute(f"DELETE FROM {table}")
+        write_meta(db, {**facts, **kept})
+    writer.finish({})
+
+
+def _refuse_damage(snapshot: DirectorySnapshot, blocks: Iterable[tuple[int, int, str]]) -> None:
+    for first, count, _ in wrong_blocks(snapshot.vectors_path, blocks, dim=snapshot.dim):
+        raise IndexDamagedError(
+            snapshot.vectors_path, got=f"rows {first} to {first + count - 1} that are not those written", do=REENCODE
+        )
+
+
+def _alive(snapshot: DirectorySnapshot, blocks: list[tuple[int, int, str, int]]) -> Iterator[bytes]:
+    """The rows that are alive, in their new order; their checksums go into `blocks`."""
+    first = 0
+    for modality in Modality:
+        rows = snapshot.alive_rows(modality)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            piece = snapshot.take(rows[start : start + BLOCK_ROWS])
+            blocks.append((first, len(piece), digest(piece), is_text(modality)))
+            first += len(piece)
+            yield piece.tobytes()
+
+
+def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
+    """Write the derived files that are missing, damaged, of another kind or stale; then the manifest."""
+    current: dict[str, Derived] = {}
+    with DirectorySnapshot(writer.folder, lenient=True) as snapshot:
+        for modality in Modality:
+            total = sum(stop - start for start, stop in snapshot.ranges(modality))
+            there = snapshot.derived(modality)
+            fresh = (
+                there is not None
+                and there.kind == derived_writer.kind
+                and total - there.count <= STALE_SHARE * total
+                and snapshot.intact(there) is not None
+            )
+            if there is not None and fresh:
+                current[modality.value] = there
+            elif total:
+                current[modality.value] = _write_derived(writer, snapshot, derived_writer, modality, total)
+    writer.finish(current)
+
+
+def _write_derived(
+    writer: Writer, snapshot: DirectorySnapshot, derived_writer: DerivedWriter, modality: Modality, count: int
+) -> Derived:
+    writer.disk.make_dir(os.path.join(writer.folder, DERIVED_FOLDER))
+    file = f"{DERIVED_FOLDER}/{modality.value}-{snapshot.generation}.faiss"
+    path, state = os.path.join(writer.folder, file), xxhash.xxh3_64()
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in derived_writer.chunks(_checked(snapshot, modality), dim=snapshot.dim, count=count):
+            state.update(chunk)
+            yield chunk
+
+    size = writer.disk.put(path, chunks(), need=count * snapshot.dim * 2)
+    return Derived(
+        file=file,
+        kind=derived_writer.kind,
+        modality=modality,
+        generation=snapshot.generation,
+        vectors=snapshot.vectors_name,
+        rows=snapshot.row_count,
+        count=count,
+        size=size,
+        xxh3=str(state.hexdigest()),
+        ends=ends_digest(path),
+    )
+
+
+def _checked(snapshot: DirectorySnapshot, modality: Modality) -> Iterator[NDArray[np.float16]]:
+    """The rows of a modality block by block, each against its checksum: damage is not copied on."""
+    query = "SELECT first, count, xxh3 FROM blocks WHERE is_text = ? ORDER BY first"
+    for first, count, recorded in snapshot.execute(query, (is_text(modality),)):
+        block = snapshot.block(first, first + count)
+        if digest(block) != recorded:
+            raise IndexDamagedError(
+                snapshot.vectors_path,
+                got=f"rows {first} to {first + count - 1} that are not those written",
+                do=REENCODE,
+            )
+        yield block

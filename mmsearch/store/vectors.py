@@ -1,0 +1,98 @@
+"""vectors.f16: unit rows as raw little-endian half floats, appended only, mapped by readers.
+
+Decisions:
+- Row r is the 2 d bytes from 2 d r on: no header, so the file can be read by anything.
+- Checksums (xxh3_64 per appended block) are in items.sqlite, committed with the rows.
+- The file is never overwritten below the committed rows nor shortened into them: a reader that has it
+  mapped would die. Compaction writes a new file under a new name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from mmsearch.errors import IndexDamagedError
+from mmsearch.store.disk import REENCODE
+from mmsearch.types import Embeddings, Rows
+
+FIRST_NAME = "vectors.f16"
+BYTES_PER_NUMBER = 2
+BLOCK_ROWS = 4096
+"""At most so many rows share a checksum."""
+HALF = np.dtype("<f2")
+
+
+def file_name(generation: int) -> str:
+    """The name of the vector file that compaction writes for a generation."""
+    return f"vectors-{generation}.f16"
+
+
+def encode(rows: Embeddings) -> NDArray[np.float16]:
+    """(n, d) float32 unit rows -> little-endian half floats. Moves a row's length by less than 1e-3."""
+    return np.ascontiguousarray(rows, dtype=HALF)
+
+
+def digest(data: bytes | memoryview | NDArray[np.float16]) -> str:
+    """Hex xxh3_64 of bytes."""
+    plain = np.ascontiguousarray(data).tobytes() if isinstance(data, np.ndarray) else data
+    return str(xxhash.xxh3_64_hexdigest(plain))
+
+
+class VectorFile:
+    """The committed rows of one vector file, mapped read-only."""
+
+    def __init__(self, path: str, *, dim: int, rows: int) -> None:
+        self.path, self.dim, self.rows = path, dim, rows
+        need = rows * dim * BYTES_PER_NUMBER
+        size = Path(path).stat().st_size  # FileNotFoundError is the caller's to judge
+        if size < need:
+            raise IndexDamagedError(
+                path,
+                expected=f"{need:,} bytes",
+                got=f"{size:,}",
+                do=REENCODE,
+            )
+        self._map: NDArray[np.float16] = (
+            np.memmap(path, dtype=HALF, mode="r", shape=(rows, dim)) if rows else np.empty((0, dim), HALF)
+        )
+
+    def block(self, start: int, stop: int) -> NDArray[np.float16]:
+        """Rows start..stop as stored, without a copy."""
+        return np.asarray(self._map[start:stop])
+
+    def take(self, rows: Rows) -> NDArray[np.float16]:
+        """(n,) row numbers -> (n, d) as stored, a copy."""
+        return np.ascontiguousarray(self._map[rows])
+
+    def gather(self, rows: Rows) -> Embeddings:
+        """(n,) row numbers -> (n, d) float32."""
+        return np.asarray(self._map[np.asarray(rows, dtype=np.int64)], dtype=np.float32)
+
+
+def split(first: int, rows: NDArray[np.float16]) -> Iterator[tuple[int, int, str]]:
+    """The blocks (first row, count, digest) that `rows`, stored from row `first` on, are recorded as."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        piece = rows[start : start + BLOCK_ROWS]
+        yield first + start, len(piece), digest(piece)
+
+
+def wrong_blocks(path: str, blocks: Iterable[tuple[int, int, str]], *, dim: int) -> Iterator[tuple[int, int, str]]:
+    """The blocks (first row, count, recorded digest) whose bytes are not those recorded; reads them all.
+
+    Yields (first row, count, digest of what is there: "" when the file ends before).
+    """
+    width = dim * BYTES_PER_NUMBER
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        for first, count, recorded in blocks:
+            file.seek(first * width)
+            data = file.read(count * width)
+            found = digest(data) if len(data) == count * width else ""
+            if found != recorded:
+                yield first, count, found

@@ -1,0 +1,196 @@
+"""What a dual encoder is made of, as values that were checked once.
+
+Decisions:
+- Sizes are bounded here, before anything is built: a config file comes from anywhere, and a tower of a
+  billion layers must be one sentence, not a dead machine.
+- No torch: the cold query path reads these values without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mmsearch.errors import ModelError
+from mmsearch.types import Preprocessing
+
+PROJECTIONS = ("linear", "mlp", "residual")
+POOLINGS = ("avg", "max", "gem", "cls", "mean")
+FITS = ("squash", "crop", "pad")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+_BERT_LIMITS = {
+    "vocab_size": 2_000_000,
+    "hidden_size": 8192,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 256,
+    "intermediate_size": 65_536,
+    "max_position_embeddings": 65_536,
+    "type_vocab_size": 64,
+}
+_BERT_DEFAULTS = {
+    "vocab_size": 30_522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+_MAX_BACKBONE_NAME = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionConfig:
+    """A projection head. `hidden`: width of the middle layer, 0 means twice the input; `dropout` in [0, 1)."""
+
+    kind: str = "residual"
+    hidden: int = 0
+    dropout: float = 0.0
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("projection kind", self.kind, PROJECTIONS)
+        _whole("projection hidden", self.hidden, low=0, high=65_536)
+        _number("projection dropout", self.dropout, low=0.0, high=0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorsConfig:
+    """Class-name anchors: how many classes, and the mixing scalar at the start."""
+
+    classes: int = 1000
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _whole("anchor classes", self.classes, low=1, high=100_000)
+        _number("anchor scale", self.scale, low=-100.0, high=100.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """A text tower. `backbone`: the numbers of a `transformers.BertConfig` as a plain mapping."""
+
+    kind: str = "bert"
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backbone, Mapping):
+            raise ModelError("text backbone", expected="an object of settings", got=type(self.backbone).__name__)
+        for name, limit in _BERT_LIMITS.items():
+            _whole(f"text backbone {name}", self.backbone.get(name, _BERT_DEFAULTS[name]), low=1, high=limit)
+        width, heads = (
+            self.backbone.get(k, _BERT_DEFAULTS[k]) for k in ("hidden_size", "num_attention_heads")
+        )
+        if width % heads:
+            raise ModelError("text backbone hidden_size", expected=f"a multiple of {heads} heads", got=str(width))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """An image tower. `backbone`: "timm:NAME", "torchvision:NAME" or "plain_cnn[:width,width,...]"."""
+
+    backbone: str = "timm:tf_efficientnet_lite2"
+    pooling: str = "avg"
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    anchors: AnchorsConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backbone, str) or not 0 < len(self.backbone) <= _MAX_BACKBONE_NAME:
+            raise ModelError("image backbone", expected="a short name", got=repr(self.backbone)[:60])
+        _one_of("image pooling", self.pooling, POOLINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class DualEncoderConfig:
+    """Both towers and what they share: `dim` is d, `max_tokens` the longest text in tokens (t)."""
+
+    dim: int
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _whole("dim", self.dim, low=1, high=8192)
+        positions = self.text.backbone.get("max_position_embeddings", 512)
+        _whole("max_tokens", self.max_tokens, low=2, high=positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` reads them back to an equal config."""
+        plain = asdict(self)
+        plain["text"]["backbone"] = dict(self.text.backbone)
+        return plain
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DualEncoderConfig:
+        """Check plain values from anywhere; `ModelError` names the first that cannot be."""
+        text, image = _section(values, "text"), _section(values, "image")
+        anchors = image.get("anchors")
+        return cls(
+            dim=values.get("dim", 0),
+            max_tokens=values.get("max_tokens", 64),
+            preprocessing=preprocessing_from_json(_section(values, "preprocessing")),
+            text=_make(TextConfig, text, projection=_make(ProjectionConfig, _section(text, "projection"))),
+            image=_make(
+                ImageConfig,
+                image,
+                projection=_make(ProjectionConfig, _section(image, "projection")),
+                anchors=None if anchors is None else _make(AnchorsConfig, _section(image, "anchors")),
+            ),
+        )
+
+
+def preprocessing_from_json(values: Mapping[str, Any]) -> Preprocessing:
+    """A checked `Preprocessing` from plain values; `ModelError` when one is out of range or unknown."""
+    made: Preprocessing = _make(
+        Preprocessing,
+        values,
+        **{name: _triple(name, values[name]) for name in ("mean", "std") if name in values},
+    )
+    _whole("preprocessing size", made.size, low=8, high=2048)
+    _one_of("preprocessing fit", made.fit, FITS)
+    _one_of("preprocessing interpolation", made.interpolation, INTERPOLATIONS)
+    for channel in made.std:
+        _number("preprocessing std", channel, low=1e-3, high=100.0)
+    return made
+
+
+def _make(cls: type[Any], values: Mapping[str, Any], **replacing: Any) -> Any:  # noqa: ANN401 - one of the classes above
+    try:
+        return cls(**{**values, **replacing})
+    except TypeError as error:
+        raise ModelError(f"config.json, {cls.__name__}", expected="its known settings", got=str(error)) from error
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name, {})
+    if not isinstance(found, Mapping):
+        raise ModelError(f"config.json, {name}", expected="an object", got=type(found).__name__)
+    return found
+
+
+def _triple(name: str, value: object) -> tuple[float, float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise ModelError(f"preprocessing {name}", expected="three numbers", got=repr(value)[:60])
+    for channel in value:
+        _number(f"preprocessing {name}", channel, low=-100.0, high=100.0)
+    red, green, blue = (float(channel) for channel in value)
+    return red, green, blue
+
+
+def _one_of(where: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ModelError(where, expected=f"one of {', '.join(allowed)}", got=repr(value)[:60])
+
+
+def _whole(where: str, value: object, *, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ModelError(where, expected=f"a whole number from {low} to {high}", got=repr(value)[:60])
+
+
+def _number(where: str, value: object, *, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise ModelError(where, expected=f"a number from {low} to {high}", got=repr(value)[:60])

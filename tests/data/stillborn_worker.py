@@ -1,0 +1,3 @@
+"""A decode worker that cannot start."""
+
+raise ImportError("no decoder here")
