@@ -9,7 +9,7 @@ from pathlib import Path
 from mmsearch.errors import IndexDamagedError, MmsearchError
 from mmsearch.store.base import ItemState, Problem
 from mmsearch.store.checksums import QUICK_BYTES, file_digest, is_intact
-from mmsearch.store.disk import REBUILD, REENCODE
+from mmsearch.store.disk import REBUILD, REENCODE, os_fault
 from mmsearch.store.manifest import MANIFEST_NAME, REWRITE, Manifest, read_manifest
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import ITEMS_NAME
@@ -93,6 +93,8 @@ def verify(folder: str) -> list[Problem]:
             problems += _derived_problems(folder, snapshot)
     except MmsearchError as error:
         problems.append(_problem(folder, error))
+    except OSError as error:
+        problems.append(_problem(folder, os_fault(error, os.fsdecode(error.filename or folder))))
     return problems
 
 

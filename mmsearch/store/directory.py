@@ -21,7 +21,7 @@ from typing import Any, Self
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, StoreError, UsageError
 from mmsearch.store import check, upkeep
 from mmsearch.store.base import Batch, Change, DerivedWriter, ItemState, Known, Problem
-from mmsearch.store.disk import REBUILD, Disk, sqlite_guard
+from mmsearch.store.disk import REBUILD, Disk, os_guard, sqlite_guard
 from mmsearch.store.lock import LOCK_NAME, NOTE_NAME, WriterLock
 from mmsearch.store.manifest import FORMAT, MANIFEST_NAME, made_by, preprocessing_from, read_manifest
 from mmsearch.store.migrations import check_format
@@ -86,12 +86,17 @@ class IndexStore:
         Raises `StoreError` when there is an index or anything else, `ResourceError`, `IndexLockedError`.
         """
         path, disk = os.path.abspath(path), disk or Disk()
+        with os_guard(path):
+            return cls._create(path, disk, _first_facts(model, preprocessing, settings))
+
+    @classmethod
+    def _create(cls, path: str, disk: Disk, facts: Mapping[str, Any]) -> Self:
         disk.make_dir(path)
         lock = WriterLock(path)
         lock.acquire()
         try:
             _clear_half_made(path, disk)
-            _make_files(path, disk, _first_facts(model, preprocessing, settings))
+            _make_files(path, disk, facts)
             writer = Writer(path, disk=disk, lock=lock)
         except BaseException:
             lock.release()
@@ -121,14 +126,19 @@ class IndexStore:
         Raises `IndexNotFoundError`, `IndexDamagedError`, `IndexMismatchError`, `IndexLockedError`.
         """
         path = os.path.abspath(path)
+        with os_guard(path):
+            return cls._open(path, write=write, repair=repair, model=model, disk=disk or Disk())
+
+    @classmethod
+    def _open(cls, path: str, *, write: bool, repair: bool, model: ModelIdentity | None, disk: Disk) -> Self:
         if not cls.exists(path):
             raise IndexNotFoundError(
                 path, expected="an index", got="none", do="Make one with 'mmsearch index PATH...', or name another."
             )
         if not os.path.exists(os.path.join(path, ITEMS_NAME)):
             raise IndexDamagedError(os.path.join(path, ITEMS_NAME), expected="a file", got="none", do=REBUILD)
-        _bring_up_to_date(path, disk or Disk(), write=write)
-        store = cls._open_writer(path, disk or Disk(), repair=repair) if write else cls._open_reader(path)
+        _bring_up_to_date(path, disk, write=write)
+        store = cls._open_writer(path, disk, repair=repair) if write else cls._open_reader(path)
         if model is not None and not store.model.same_space(model):
             store.close()
             raise _other_model(path, store.model, model)
@@ -223,7 +233,8 @@ class IndexStore:
 
     def snapshot(self) -> DirectorySnapshot:
         """The newest generation, to read from; close it."""
-        return DirectorySnapshot(self.path)
+        with os_guard(self.path):
+            return DirectorySnapshot(self.path)
 
     def begin_scan(self) -> None:
         """Forget what was seen; stamps recorded from now on are judged against this moment's clock."""

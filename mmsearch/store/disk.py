@@ -96,6 +96,15 @@ def sqlite_guard(where: str) -> Iterator[None]:
         raise IndexDamagedError(where, got=f"undecodable text ({error})", do=REBUILD) from error
 
 
+@contextmanager
+def os_guard(where: str) -> Iterator[None]:
+    """Turn what the system refuses into errors of ours, at the public border."""
+    try:
+        yield
+    except OSError as error:
+        raise os_fault(error, os.fsdecode(error.filename) if error.filename else where) from error
+
+
 class Disk:
     """The real disk. A test's disk overrides `step`, `_write` or `_sync`."""
 

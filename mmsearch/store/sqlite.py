@@ -28,7 +28,7 @@ from mmsearch.types import NO_METADATA, Item, Modality, SkipReason, Stamp
 
 ITEMS_NAME = "items.sqlite"
 APPLICATION_ID = 0x6D6D7331  # "mms1"
-_BUSY_MS = 10_000
+BUSY_MS = 10_000
 _INT64 = (1 << 63) - 1
 
 SCHEMA = """
@@ -76,7 +76,7 @@ def writer_connection(path: str) -> sqlite3.Connection:
     with sqlite_guard(path):
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA temp_store = FILE")
@@ -131,7 +131,7 @@ def _read_only(path: str, query: str) -> sqlite3.Connection:
     address = f"file:{quote(os.fsencode(os.path.abspath(path)))}?{query}"
     connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         connection.execute("PRAGMA query_only = ON")
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # opens the log too
     except BaseException:

@@ -33,9 +33,12 @@ from mmsearch.store.manifest import preprocessing_from as preprocessing_of
 from mmsearch.store.migrations import check_format, migrate
 from mmsearch.store.scan import Scan
 from mmsearch.store.snapshot import DirectorySnapshot
-from mmsearch.store.sqlite import ITEMS_NAME, read_meta, write_meta, writer_connection
+from mmsearch.store.sqlite import BUSY_MS, ITEMS_NAME, read_meta, write_meta, writer_connection
 from mmsearch.store.vectors import BYTES_PER_NUMBER, VectorFile, digest, encode, split
 from mmsearch.types import Embeddings, ModelIdentity, Rows
+
+_PATIENCE_MS = 50
+"""How long a reader with an old generation may hold up folding the log in; the next `finish` tries again."""
 
 
 def now() -> str:
@@ -183,7 +186,9 @@ class Writer:
     def _items_record(self) -> FileRecord:
         """Size and digest of items.sqlite, or none when a reader keeps the log from being folded in."""
         with sqlite_guard(self.items_path):
+            self.db.execute(f"PRAGMA busy_timeout = {_PATIENCE_MS}")
             busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self.db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         if busy:
             return FileRecord(ITEMS_NAME, 0, "")
         return FileRecord(ITEMS_NAME, *file_digest(self.items_path))

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mmsearch.errors import ModelError
-from mmsearch.testing import TINY_CONFIG, tiny_dual_encoder
+from mmsearch.testing import TINY_CONFIG, tiny_dual_encoder, tiny_tokenizer_json
 from mmsearch.towers.checkpoint import load_dual_encoder, save_checkpoint
-from mmsearch.testing import tiny_tokenizer_json
+from mmsearch.towers.image import TimmBackbone
 
 BACKBONES = [
     ("plain_cnn", "gem", 32),
@@ -15,15 +15,11 @@ BACKBONES = [
     ("timm:resnet50", "avg", 32),
     ("timm:vgg16", "max", 32),
     ("timm:vit_base_patch32_224", "cls", 64),
-    ("timm:tf_efficientnet_lite2", "avg", 32),
+    ("timm:tf_efficientnet_lite0", "avg", 32),
     ("timm:convnext_atto", "avg", 32),
-    ("timm:swin_tiny_patch4_window7_224", "avg", 32),
     ("torchvision:resnet18", "avg", 32),
-    ("torchvision:resnet50", "max", 32),
-    ("torchvision:vgg16", "avg", 32),
+    ("torchvision:shufflenet_v2_x0_5", "max", 32),
     ("torchvision:vit_b_32", "mean", 64),
-    ("torchvision:convnext_tiny", "avg", 32),
-    ("torchvision:efficientnet_b0", "avg", 32),
 ]
 
 
@@ -121,15 +117,27 @@ def test_the_logit_scale_starts_at_clips_and_is_cut_at_100():
 
 
 @pytest.mark.parametrize(
-    "backbone", ["timm:no_such_model", "timm:hf-hub:someone/model", "torchvision:no_such", "torchvision:googlenet", "keras:vgg"]
+    "backbone", ["timm:no_such_model", "timm:hf-hub:someone/model", "torchvision:no_such", "torchvision:raft_large", "keras:vgg"]
 )
 def test_an_unknown_backbone_is_one_sentence(backbone):
     """A name nobody has, a hub behind a name, a family without a table line: ModelError."""
     with pytest.raises(ModelError):
-        tiny_dual_encoder(with_image(backbone, size=224 if "google" in backbone else 32))
+        tiny_dual_encoder(with_image(backbone))
 
 
 def test_cls_pooling_over_a_map_is_refused():
     """A convolutional map has no class token."""
     with pytest.raises(ModelError, match="class token"):
         tiny_dual_encoder(with_image("plain_cnn:8", "cls"))
+
+
+def test_a_backbone_that_ends_channels_last_is_turned():
+    """(b, h, w, c) maps, as Swin gives them, become (b, c, h, w)."""
+    backbone = TimmBackbone("resnet18", size=32)
+    backbone.model = ChannelsLast()
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 512, 4, 5)
+
+
+class ChannelsLast(torch.nn.Module):
+    def forward_features(self, images):
+        return torch.zeros(images.shape[0], 4, 5, 512)
