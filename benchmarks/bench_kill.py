@@ -37,7 +37,8 @@ def make_photos(folder: Path, count: int, *, seed: int = 0) -> None:
         base = np.linspace(rng.integers(0, 255, 3), rng.integers(0, 255, 3), w)[None].repeat(h, 0)
         image = Image.fromarray(np.clip(base + rng.normal(0, 9, (h, w, 3)), 0, 255).astype(np.uint8))
         left, top = int(rng.integers(0, w // 2)), int(rng.integers(0, h // 2))
-        ImageDraw.Draw(image).ellipse((left, top, left + w // 3, top + h // 3), fill=tuple(rng.integers(0, 255, 3).tolist()))
+        fill = tuple(rng.integers(0, 255, 3).tolist())
+        ImageDraw.Draw(image).ellipse((left, top, left + w // 3, top + h // 3), fill=fill)
         image.save(folder / f"photo_{i:05d}.{('jpg', 'png', 'webp')[i % 3]}")
 
 

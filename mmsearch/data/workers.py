@@ -32,9 +32,6 @@ _BOOT = (
     "import importlib;"
     "importlib.import_module(sys.argv[4]).main(int(sys.argv[1]), int(sys.argv[2]))"
 )
-GRACE_S = 10.0
-"""How much longer than its own alarm clock a worker may take before it is ended from outside, in seconds."""
-
 _START_S = 60.0
 _END_S = 2.0
 
@@ -80,7 +77,7 @@ class Worker:
         self.jobs: deque[int] = deque()
         self.ready = False
         self.heard = time.monotonic()
-        self._patience_s = float(settings["timeout_s"]) + GRACE_S
+        self._patience_s = 1.5 * float(settings["timeout_s"]) + 1.0  # its own alarm clock comes first
         self._rest = b""
         self._link, theirs = socket.socketpair()
         with theirs:

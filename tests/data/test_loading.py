@@ -85,7 +85,7 @@ def test_pixels_hashes_and_order_are_those_of_plain_decoding(tmp_path):
 
 def test_a_hanging_decoder_is_ended_and_the_job_goes_on(tmp_path):
     """Row 15: a loop in C or a sleep: its worker is killed after the timeout, the others are not touched."""
-    paths = folder_of(tmp_path, *"a.png hang.png b.png c.png sleep.png d.png e.png".split())
+    paths = folder_of(tmp_path, *["a.png", "hang.png", "b.png", "c.png", "sleep.png", "d.png", "e.png"])
     started = time.monotonic()
     with loader(timeout_s=0.7) as decode:
         results = list(decode.load(enumerate(paths)))
@@ -103,10 +103,9 @@ def test_a_picture_that_really_takes_too_long_is_a_timeout(tmp_path):
     check(results, paths, {"slow.png": SkipReason.TIMEOUT})
 
 
-def test_a_stopped_worker_is_ended_from_outside(tmp_path, monkeypatch):
+def test_a_stopped_worker_is_ended_from_outside(tmp_path):
     """Row 15: its own alarm clock does not tick while it is stopped; the parent's patience ends instead."""
-    paths = folder_of(tmp_path, *"stop.png a.png b.png".split())
-    monkeypatch.setattr("mmsearch.data.workers.GRACE_S", 0.3)
+    paths = folder_of(tmp_path, *["stop.png", "a.png", "b.png"])
     with loader(timeout_s=0.5, workers=1) as decode:
         results = list(decode.load(enumerate(paths)))
     check(results, paths, {"stop.png": SkipReason.TIMEOUT})
@@ -146,7 +145,7 @@ def test_a_memory_bomb_costs_itself_only(tmp_path):
     paths = folder_of(tmp_path, "a.png", "flood.png", "b.png", "oom.png", "c.png")
     with loader(memory_bytes=1 << 30) as decode:
         results = list(decode.load(enumerate(paths)))
-    check(results, paths, {n: SkipReason.OUT_OF_MEMORY for n in ("flood.png", "oom.png")})
+    check(results, paths, dict.fromkeys(("flood.png", "oom.png"), SkipReason.OUT_OF_MEMORY))
 
 
 def test_a_big_picture_in_a_small_worker_is_out_of_memory(tmp_path):
@@ -165,7 +164,7 @@ def test_the_limit_set_is_the_limit_that_counts(tmp_path):
     (tmp_path / "long.png").write_bytes(png(noisy()) + b"\0" * 300_000)
     with loader(limits=Limits(max_pixels=300_000_000, max_bytes=200_000)) as decode:
         results = list(decode.load(enumerate(paths)))
-    check(results, paths, {n: SkipReason.TOO_LARGE for n in ("bomb.png", "long.png")})
+    check(results, paths, dict.fromkeys(("bomb.png", "long.png"), SkipReason.TOO_LARGE))
     assert "limit 300" in results[1].skipped.detail
 
 
@@ -345,7 +344,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_even_a_hanging_worker_ends_after_its_parent_was_killed(tmp_path):
     """No orphan spins on: its alarm clock is the kernel's, not the parent's."""
     hang = folder_of(tmp_path, "hang.png")[0]
-    process = parent(hang, timeout=2, first="decode._crew.ask(%r); decode._crew.gather(1)" % hang)
+    process = parent(hang, timeout=2, first=f"decode._crew.ask({hang!r}); decode._crew.gather(1)")
     pids = [int(pid) for pid in process.stdout.readline().split()]
     process.kill()
     process.wait()

@@ -246,9 +246,7 @@ def test_a_derived_file_that_cannot_be_relied_on_is_passed_over(how, tmp_path):
     elif how == "missing":
         snapshot._path = None
     else:
-        (tmp_path / "file").write_bytes(
-            b"".join(FaissFlat.chunks([unit_rows(50, 8).astype("<f2")], dim=8, count=50))
-        )
+        (tmp_path / "file").write_bytes(b"".join(FaissFlat.chunks([unit_rows(50, 8).astype("<f2")], dim=8, count=50)))
     index = neighbours(snapshot, "image", small=0)
     assert index.kind == "exact"
     assert index.search(snapshot.vectors(np.array([7])), 1)[1].tolist() == [[7]]

@@ -60,8 +60,11 @@ def make_index(path: object, count: int = 4, *, captions: int = 1) -> str:
     """A finished index of `count` pictures p0, p1, ... with `captions` captions each; returns its path."""
     with create(path) as store:
         store.commit(
-            Batch(upserts=[upsert(f"p{i}", i, captions=[f"caption {i}.{j}" for j in range(captions)])
-                           for i in range(count)])
+            Batch(
+                upserts=[
+                    upsert(f"p{i}", i, captions=[f"caption {i}.{j}" for j in range(captions)]) for i in range(count)
+                ]
+            )
         )
         store.update_derived(PlainDerived())
         store.finish()

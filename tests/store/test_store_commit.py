@@ -257,8 +257,11 @@ def test_an_index_of_another_model_is_refused_with_both_named(quick_path):
     """The name alone does not matter; weights, preprocessing and dimension do."""
     path = make_index(quick_path / "index")
     IndexStore.open(path, model=ModelIdentity("renamed", MODEL.weights, MODEL.preprocessing, DIM)).close()
-    for other in (ModelIdentity("tiny", "w2", MODEL.preprocessing, DIM), ModelIdentity("tiny", "w1", "p2", DIM),
-                  ModelIdentity("tiny", "w1", MODEL.preprocessing, 9)):
+    for other in (
+        ModelIdentity("tiny", "w2", MODEL.preprocessing, DIM),
+        ModelIdentity("tiny", "w1", "p2", DIM),
+        ModelIdentity("tiny", "w1", MODEL.preprocessing, 9),
+    ):
         for write in (False, True):
             with pytest.raises(IndexMismatchError, match=r"w1.*(w2|p2|9)"):
                 IndexStore.open(path, model=other, write=write)

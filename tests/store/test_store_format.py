@@ -33,9 +33,7 @@ def golden(quick_path):
 
 def golden_rows(folder: str) -> dict[str, list[float]]:
     with IndexStore.open(folder) as store, store.snapshot() as snapshot:
-        return {
-            k.name: snapshot.vectors(snapshot.rows_of(k.id, Modality.IMAGE))[0].tolist() for k in snapshot.items()
-        }
+        return {k.name: snapshot.vectors(snapshot.rows_of(k.id, Modality.IMAGE))[0].tolist() for k in snapshot.items()}
 
 
 def test_the_golden_index_opens_and_answers(golden):

@@ -110,12 +110,11 @@ def test_only_items_of_scanned_roots_are_gone(store):
     names = ["x/a", "x/b", "xy/c", "z"]
     store.commit(Batch(upserts=[upsert(name, i) for i, name in enumerate(names)] + [upsert("m", 9, root="/usb")]))
     assert scan(store, source("z")) == {
-        "z": ChangeKind.UNCHANGED, **dict.fromkeys(["x/a", "x/b", "xy/c"], ChangeKind.GONE)
+        "z": ChangeKind.UNCHANGED,
+        **dict.fromkeys(["x/a", "x/b", "xy/c"], ChangeKind.GONE),
     }
     assert scan(store, source("z"), roots=[]) == {"z": ChangeKind.UNCHANGED}
-    assert scan(store, source("z"), keep_below=["/photos/x"]) == {
-        "z": ChangeKind.UNCHANGED, "xy/c": ChangeKind.GONE
-    }
+    assert scan(store, source("z"), keep_below=["/photos/x"]) == {"z": ChangeKind.UNCHANGED, "xy/c": ChangeKind.GONE}
     assert scan(store, source("z"), keep_below=["/photos"]) == {"z": ChangeKind.UNCHANGED}
     assert scan(store, roots=[ROOT, "/usb"])["m"] is ChangeKind.GONE
 

@@ -193,7 +193,9 @@ def as_nobody(script: str, path: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", imports + drop + script, path],
         env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}"},
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from picture_builders import png
+
+from mmsearch.data.pairs import read_pairs
+from mmsearch.errors import InputError, MissingExtraError
+from mmsearch.types import Pair, SkipReason
+
+
+def read(path, **options) -> tuple[list[Pair], list]:
+    skipped: list = []
+    return list(read_pairs(str(path), on_skip=skipped.append, **options)), skipped
+
+
+def pictures(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png())
+
+
+def short(pairs: list[Pair], folder) -> list[tuple]:
+    return [(p.image.removeprefix(f"{folder}/"), p.captions, p.split) for p in pairs]
+
+
+def test_json_lines_with_several_captions(tmp_path):
+    """The layout of the bundled recipe: image, split, captions."""
+    pictures(tmp_path, "images/1.avif", "images/2.avif")
+    rows = [
+        {"image": "images/1.avif", "split": "train", "captions": ["a", "b"]},
+        {"image": "images/2.avif", "split": "test", "captions": ["c"]},
+    ]
+    path = tmp_path / "captions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    pairs, skipped = read(path)
+    assert short(pairs, tmp_path) == [("images/1.avif", ("a", "b"), "train"), ("images/2.avif", ("c",), "test")]
+    assert [p.group for p in pairs] == [p.image for p in pairs]
+    assert skipped == []
+    assert short(read(path, split="test")[0], tmp_path) == [("images/2.avif", ("c",), "test")]
+
+
+def test_one_row_a_caption_is_one_pair_a_picture(tmp_path):
+    """Several captions of one picture are never several pictures."""
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "t.csv").write_text("image,caption\n1.jpg,a\n2.jpg,x\n1.jpg,b\n")
+    assert short(read(tmp_path / "t.csv")[0], tmp_path) == [("1.jpg", ("a", "b"), None), ("2.jpg", ("x",), None)]
+
+
+def test_a_column_group_joins_what_belongs_together(tmp_path):
+    """Two photos of one product."""
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "t.csv").write_text("image,caption,group\n1.jpg,a,shoe\n2.jpg,b,shoe\n")
+    assert [p.group for p in read(tmp_path / "t.csv")[0]] == ["shoe", "shoe"]
+
+
+def test_a_folder_with_side_cars(tmp_path):
+    """Pictures with texts are pairs; pictures without are not, and are not reported."""
+    pictures(tmp_path, "a.jpg", "s/b.jpg", "c.jpg")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "s" / "b.json").write_text('{"caption": "three", "split": "validation", "group": "g"}')
+    pairs, skipped = read(tmp_path)
+    assert short(pairs, tmp_path) == [("a.jpg", ("one", "two"), None), ("s/b.jpg", ("three",), "val")]
+    assert pairs[1].group == "g"
+    assert skipped == []
+
+
+def test_karpathy_splits(tmp_path):
+    """filepath and filename, sentences raw, restval counts as train."""
+    pictures(tmp_path, "val2014/1.jpg", "2.jpg", "3.jpg")
+    images = [
+        {"filepath": "val2014", "filename": "1.jpg", "split": "restval", "sentences": [{"raw": "a"}, {"raw": "b"}]},
+        {"filename": "2.jpg", "split": "test", "sentences": [{"raw": "c"}], "imgid": 7},
+        {"filename": "3.jpg", "split": "test", "sentences": [{"tokens": ["d"]}]},
+        {"split": "test"},
+    ]
+    path = tmp_path / "dataset_x.json"
+    path.write_text(json.dumps({"images": images, "dataset": "x"}))
+    pairs, skipped = read(path)
+    assert short(pairs, tmp_path) == [("val2014/1.jpg", ("a", "b"), "train"), ("2.jpg", ("c",), "test")]
+    assert [s.reason for s in skipped] == [SkipReason.BAD_ROW, SkipReason.BAD_ROW]
+
+
+@pytest.mark.parametrize("place", ["annotations", "."])
+def test_coco_captions(tmp_path, place):
+    """Pictures in a folder beside the annotations' folder or beside the file; split by the file's name."""
+    pictures(tmp_path, "val2017/000001.jpg", "val2017/000002.jpg")
+    path = tmp_path / place / "captions_val2017.json"
+    path.parent.mkdir(exist_ok=True)
+    images = [{"id": 2, "file_name": "000002.jpg"}, {"id": 1, "file_name": "000001.jpg"}, {"id": 3}]
+    notes = [
+        {"image_id": 1, "id": 12, "caption": "second"},
+        {"image_id": 1, "id": 11, "caption": "first\n"},
+        {"image_id": 2, "id": 13, "caption": "other"},
+        {"image_id": 2, "id": 14},
+    ]
+    path.write_text(json.dumps({"images": images, "annotations": notes}))
+    pairs, skipped = read(path)
+    assert short(pairs, tmp_path) == [
+        ("val2017/000002.jpg", ("other",), "val"),
+        ("val2017/000001.jpg", ("first", "second"), "val"),
+    ]
+    assert len(skipped) == 2
+    assert read(path, split="val", format="coco")[0] == pairs
+
+
+def test_missing_pictures_and_captions_are_reported(tmp_path):
+    """And cost themselves only."""
+    pictures(tmp_path, "1.jpg", "3.jpg")
+    (tmp_path / "t.csv").write_text("image,caption\n1.jpg,a\n2.jpg,b\n3.jpg,\n,only text\n")
+    pairs, skipped = read(tmp_path / "t.csv")
+    assert short(pairs, tmp_path) == [("1.jpg", ("a",), None)]
+    assert [s.reason for s in skipped] == [SkipReason.VANISHED, SkipReason.BAD_ROW, SkipReason.BAD_ROW]
+    assert "line 3 of t.csv" in skipped[0].detail
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "validation", "VAL", " val "])
+def test_names_of_splits_mean_the_same(tmp_path, name):
+    """"dev" in the file, "val" asked for, and the other way round."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text(f"image,caption,split\n1.jpg,a,{name}\n")
+    assert read(tmp_path / "t.csv", split="val")[0] == read(tmp_path / "t.csv", split=name)[0]
+    assert read(tmp_path / "t.csv", split="val")[0][0].split == "val"
+
+
+def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
+    """Rather than an evaluation of nothing."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text("image,caption,split\n1.jpg,a,train\n")
+    with pytest.raises(InputError, match="got train"):
+        read(tmp_path / "t.csv", split="test")
+
+
+def test_paths_that_are_no_pairs_are_errors(tmp_path):
+    """No such path; a picture; a document of another kind; broken JSON."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"images": []}')
+    for path in (tmp_path / "none", tmp_path / "1.jpg", tmp_path / "a.json", tmp_path / "b.json"):
+        with pytest.raises(InputError):
+            read(path)
+    for format in ("coco", "karpathy"):
+        with pytest.raises(InputError, match="something else"):
+            read(tmp_path / "b.json", format=format)
+
+
+def test_a_format_whose_package_is_missing_names_the_extra(tmp_path, monkeypatch):
+    """pip install 'mmsearch[parquet]'."""
+    (tmp_path / "t.parquet").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"mmsearch\[parquet\]"):
+        read(tmp_path / "t.parquet")
+
+
+def test_a_list_of_objects_is_a_table(tmp_path):
+    """As several projects write their annotations."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "t.json").write_text(json.dumps([{"image": "1.jpg", "caption": ["a", "b"]}, 5]))
+    pairs, skipped = read(tmp_path / "t.json")
+    assert short(pairs, tmp_path) == [("1.jpg", ("a", "b"), None)]
+    assert [s.reason for s in skipped] == [SkipReason.BAD_ROW]
