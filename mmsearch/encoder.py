@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from mmsearch.towers.tokenise import Tokeniser
 
 
-
 class Encodes(Protocol):
     """What a build and a search need of a model: `Encoder`, or `testing.ColorEncoder`."""
 

@@ -69,8 +69,7 @@ class Searcher:
     def __init__(self, store: IndexStore, *, encoder: Encodes | None = None, device: str = "auto") -> None:
         self._store, self._encoder, self._device = store, encoder, device
         self._lock = threading.Lock()
-        self._snapshot: Snapshot = store.snapshot()
-        self._indexes: dict[Modality, NeighbourIndex] = {}
+        self._view = View(store.snapshot())
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, encoder: Encodes | None = None, device: str = "auto") -> Self:
@@ -97,20 +96,19 @@ class Searcher:
     def close(self) -> None:
         """Let go of the index's files."""
         with self._lock:
-            self._indexes.clear()
-            self._snapshot.close()
+            self._view.retire()
             self._store.close()
 
     def refresh(self) -> int:
         """Look at the newest generation from now on; returns its number."""
         with self._lock:
             fresh = self._store.snapshot()
-            if fresh.generation == self._snapshot.generation:
+            if fresh.generation == self._view.snapshot.generation:
                 fresh.close()
             else:
-                old, self._snapshot, self._indexes = self._snapshot, fresh, {}
-                old.close()
-            return self._snapshot.generation
+                old, self._view = self._view, View(fresh)
+                old.retire()
+            return self._view.snapshot.generation
 
     @property
     def model(self) -> ModelIdentity:
@@ -178,37 +176,73 @@ class Searcher:
             raise UsageError("threshold", expected="a cosine from -1 to 1", got=str(threshold))
         query = check_embeddings(vector.reshape(1, -1), dim=self._store.dim, where="query vector")
         with self._lock:
-            snapshot = self._snapshot
-        if to == "any":
-            lists = [self._ranked(snapshot, query, modality, k, threshold) for modality in Modality]
-            hits, hidden = _merge_by_rank([found for found, _ in lists], k), sum(h for _, h in lists)
-        else:
-            hits, hidden = self._ranked(snapshot, query, Modality(to), k, threshold)
-        notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
-        if to == "text" and not snapshot.count(Modality.TEXT):
-            notes.append("this index holds no captions")
+            view = self._view
+            view.enter()
+        try:
+            if to == "any":
+                lists = [view.ranked(query, modality, k, threshold=threshold) for modality in Modality]
+                hits, hidden = _merge_by_rank([found for found, _ in lists], k), sum(h for _, h in lists)
+            else:
+                hits, hidden = view.ranked(query, Modality(to), k, threshold=threshold)
+            notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
+            if to == "text" and not view.snapshot.count(Modality.TEXT):
+                notes.append("this index holds no captions")
+        finally:
+            view.leave()
         return Hits(hits, notes=notes)
 
-    def _index(self, snapshot: Snapshot, modality: Modality) -> NeighbourIndex:
+
+class View:
+    """One generation with its neighbour indexes; closed when it is retired and the last search in it has ended."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._lock = threading.Lock()
+        self._indexes: dict[Modality, NeighbourIndex] = {}
+        self._inside, self._retired = 0, False
+
+    def enter(self) -> None:
+        """A search begins."""
         with self._lock:
-            if snapshot is not self._snapshot:
-                return neighbours(snapshot, modality)
+            if self._retired:
+                raise UsageError("Searcher", expected="an open one", got="a closed one")
+            self._inside += 1
+
+    def leave(self) -> None:
+        """A search has ended."""
+        with self._lock:
+            self._inside -= 1
+            self._close_when_empty()
+
+    def retire(self) -> None:
+        """No search will begin here any more."""
+        with self._lock:
+            self._retired = True
+            self._close_when_empty()
+
+    def _close_when_empty(self) -> None:
+        if self._retired and not self._inside:
+            self._indexes.clear()
+            self.snapshot.close()
+
+    def _index(self, modality: Modality) -> NeighbourIndex:
+        with self._lock:
             if modality not in self._indexes:
-                self._indexes[modality] = neighbours(snapshot, modality)
+                self._indexes[modality] = neighbours(self.snapshot, modality)
             return self._indexes[modality]
 
-    def _ranked(
-        self, snapshot: Snapshot, query: Embeddings, modality: Modality, k: int, threshold: float | None
+    def ranked(
+        self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None
     ) -> tuple[list[Hit], int]:
         """Hits of one modality whose files are there, and how many were left out because theirs are not."""
-        index, available = self._index(snapshot, modality), snapshot.count(modality)
+        index, available = self._index(modality), self.snapshot.count(modality)
         width = min(k + 8, available)
         while width:
             scores, rows = index.search(query, width)
             kept = [(float(s), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0]
             if threshold is not None:
                 kept = [(score, row) for score, row in kept if score >= threshold]
-            located = snapshot.locate([row for _, row in kept])
+            located = self.snapshot.locate([row for _, row in kept])
             hits, hidden = _present(located, [score for score, _ in kept], k, os.path.lexists)
             if len(hits) >= k or width >= available or len(kept) < width:
                 return hits, hidden
@@ -270,4 +304,5 @@ def find_index(home: str | os.PathLike[str]) -> Path:
 
 
 def _updated(directory: Path) -> float:
-    return max((directory / name).stat().st_mtime for name in ("manifest.json", "items.sqlite") if (directory / name).exists())
+    files = (directory / name for name in ("manifest.json", "items.sqlite"))
+    return max(file.stat().st_mtime for file in files if file.exists())

@@ -1,5 +1,6 @@
 """The encoder: cold path, batching, memory, bad rows, threads, names of models."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ SIZE = 32
 
 
 class Fake:
-    """A backend with known rows: the first pixel's or the first tokens' numbers. `room`: the largest batch that fits."""
+    """A backend with known rows: the first pixel, or sums of tokens. `room`: the largest batch that fits."""
 
     name, device, precision = "fake", "cpu", "fp32"
 
@@ -73,8 +74,8 @@ def test_a_cold_query_imports_no_torch(graph_checkpoint):
         "import sys; from pathlib import Path; from mmsearch.encoder import Encoder\n"
         f"rows = Encoder.load(Path({str(graph_checkpoint.directory)!r})).encode_texts(['a red dog'])\n"
         "assert rows.shape == (1, 8)\n"
-        "heavy = {'torch', 'transformers', 'torchvision', 'timm', 'PIL', 'faiss', 'onnx', 'scipy', 'huggingface_hub'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "heavy = 'torch transformers torchvision timm PIL faiss onnx scipy huggingface_hub'.split()\n"
+        "print(sorted({*heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
@@ -105,7 +106,9 @@ def test_batch_size_and_neighbours_change_no_row(graph_checkpoint, backend):
 def test_bf16_on_the_cpu_stays_close_to_fp32(graph_checkpoint):
     """Cosine above 0.99: one index may be built in bf16 and queried in fp32."""
     rows = [
-        Encoder.load(graph_checkpoint.directory, backend="torch", device="cpu", precision=p).encode_pixels(pixels_of(4))[0]
+        Encoder.load(graph_checkpoint.directory, backend="torch", device="cpu", precision=p).encode_pixels(
+            pixels_of(4)
+        )[0]
         for p in ("fp32", "bf16")
     ]
     assert ((rows[0] * rows[1]).sum(axis=1) > 0.99).all()
@@ -129,7 +132,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(room):
     assert ok.all()
     assert np.allclose(rows[:, 0] / rows[:, 1], np.arange(19) + 10)
     assert sum(backend.batches) == 19
-    assert max(backend.batches) <= room
+    assert room / 2 < max(backend.batches) <= room
 
 
 def test_a_single_picture_that_does_not_fit_is_a_resource_error():
@@ -285,8 +288,12 @@ def test_a_hub_name_without_a_network_is_one_sentence(graph_checkpoint):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=60, check=True, env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert len(done.stdout.strip().splitlines()) == 1
     assert "somebody/some-model" in done.stdout
     assert "network" in done.stdout

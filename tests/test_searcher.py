@@ -165,6 +165,32 @@ def test_a_reader_keeps_its_generation_until_it_asks(searcher, index):
     assert len(searcher.search_text("red", k=20)) == len(COLORS) + 1
 
 
+def test_refresh_never_disturbs_a_search_that_is_under_way(searcher, index):
+    """Searches run in other threads while generations change below them; a closed searcher says so."""
+    photos, failures = index.parent / "photos", []
+
+    def ask() -> None:
+        for _ in range(60):
+            try:
+                assert names(searcher.search_text("green", k=1)) == ["green"]
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
+                failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(3):
+        Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(photos / f"more{i}.png")
+        build([photos], index, encoder=ColorEncoder(), workers=1)
+        searcher.refresh()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    searcher.close()
+    with pytest.raises(UsageError, match="closed"):
+        searcher.search_text("red")
+
+
 def test_another_models_encoder_is_refused(index):
     """Rows of two models are never compared."""
     with pytest.raises(IndexMismatchError):

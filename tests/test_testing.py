@@ -1,5 +1,8 @@
 """The colour encoder's answers are the ones everybody can tell beforehand."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,8 +40,6 @@ def test_a_text_without_colours_is_in_the_middle():
 
 def test_it_needs_no_torch():
     """Importing and using it leaves torch alone."""
-    import subprocess
-    import sys
-
-    code = "import sys; from mmsearch.testing import *; ColorEncoder().encode_texts(['red']); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    code = "import sys, mmsearch.testing as t; t.ColorEncoder().encode_texts(['red']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

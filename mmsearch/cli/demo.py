@@ -54,12 +54,13 @@ def demo(
     target = Path(out) if out else home() / "demo"
     with Bar("indexing") as bar:
         done: BuildReport = ctx.obj.build(photos, target, device=device.value, progress=bar)
+    say(f"photos: {Path(photos[0]).parent}")
     for line in summary(done):
         say(line)
     with ctx.obj.open(target, device=device.value) as searcher:
         for query in QUERIES:
             emit(f'\n"{query}"')
-            print_table(searcher.search_text(query, k=SHOWN))
+            print_table(searcher.search_text(query, k=SHOWN), names_only=True)
     say('Now yours: mmsearch index ./photos, then mmsearch query "a dog on a beach"')
 
 

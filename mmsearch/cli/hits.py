@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ def print_readable(hits: Sequence[Hit]) -> None:
         emit("\t".join(cells + [shown(hit.caption or "")] * bool(hit.caption)))
 
 
-def print_table(hits: Sequence[Hit]) -> None:
-    """Rank, score, path and, where texts matched, the text."""
+def print_table(hits: Sequence[Hit], *, names_only: bool = False) -> None:
+    """Rank, score, path (or its last part alone) and, where texts matched, the text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +52,8 @@ def print_table(hits: Sequence[Hit]) -> None:
     if with_text:
         table.add_column("text", overflow="fold")
     for hit in hits:
-        cells = [str(hit.rank), f"{hit.score:.3f}", hit.item.path or hit.item.id]
+        path = hit.item.path or hit.item.id
+        cells = [str(hit.rank), f"{hit.score:.3f}", os.path.basename(path) if names_only else path]
         table.add_row(*(Text(shown(cell)) for cell in cells + [hit.caption or ""] * with_text))
     Console(file=sys.stdout, highlight=False).print(table)
 

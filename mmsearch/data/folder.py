@@ -4,7 +4,8 @@ Decisions:
 - Order is by the bytes of the names, folder by folder, so that it is the same under every locale.
 - A linked file or folder that the walk reaches anyway under its own name is listed there only; a second
   hard link, and a link that leads to a place already visited, are left out. Loops end for the same reason.
-- Memory is bound by the names of one folder at a time, plus one small entry for every folder and hard link.
+- Memory is bound by the names of one folder at a time, plus one small entry for every folder, and for
+  every file that has several links or lies behind one.
 - What cannot be listed or looked at is reported; it is for the builder not to take it for deleted.
 """
 
@@ -77,13 +78,13 @@ class Walk:
         """The pictures below `root` (absolute), sorted."""
         if not self._enter(root):
             return
-        stack = [self._entries(root, "")]
+        stack = [self._entries(root, "", linked=False)]
         while stack:
             found = next(stack[-1], None)
             if found is None:
                 stack.pop()
             elif isinstance(found, _Folder):
-                stack.append(self._entries(root, found.relative))
+                stack.append(self._entries(root, found.relative, linked=found.linked))
             else:
                 yield found
 
@@ -96,8 +97,11 @@ class Walk:
                     return True
         return path in self._real_roots
 
-    def source(self, root: str, name: str, extensions: set[str]) -> Source | None:
-        """The file `name` below `root` as an item, None when it is none or was listed before."""
+    def source(self, root: str, name: str, extensions: set[str], *, linked: bool = False) -> Source | None:
+        """The file `name` below `root` as an item, None when it is none or was listed before.
+
+        `extensions`: the endings of its side-cars. `linked`: it may have other names (its folder is a link).
+        """
         path = os.path.join(root, name)
         try:
             status = os.lstat(path)
@@ -109,7 +113,7 @@ class Walk:
                     return None
                 linked = True
             else:
-                linked = status.st_nlink > 1
+                linked = linked or status.st_nlink > 1
         except OSError as error:
             self._failed(path, error)
             return None
@@ -121,16 +125,18 @@ class Walk:
         captions, metadata = read_sidecars(os.path.splitext(path)[0], extensions, self.on_skip)
         return Source(root, name, path, stamp_of(status), captions, metadata)
 
-    def _entries(self, root: str, relative: str) -> Iterator[Source | _Folder]:
+    def _entries(self, root: str, relative: str, *, linked: bool) -> Iterator[Source | _Folder]:
         """Pictures and folders directly in one folder, sorted by name."""
         names, folders, sidecars = self._list(root, relative)
         for name in sorted(names, key=os.fsencode):
             below = f"{relative}/{name}" if relative else name
             if name in folders:
-                if self._enter(os.path.join(root, below)):
-                    yield _Folder(below)
+                path = os.path.join(root, below)
+                if self._enter(path):
+                    yield _Folder(below, linked or os.path.islink(path))
                 continue
-            source = self.source(root, below, sidecars.get(os.path.splitext(name)[0], set()))
+            extensions = sidecars.get(os.path.splitext(name)[0], set())
+            source = self.source(root, below, extensions, linked=linked)
             if source is not None:
                 yield source
 
@@ -191,3 +197,4 @@ class Walk:
 @dataclass(frozen=True, slots=True)
 class _Folder:
     relative: str
+    linked: bool

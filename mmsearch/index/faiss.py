@@ -80,7 +80,8 @@ class FaissFlat:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write FAISS's own file format."""
-        _faiss().write_index(self._index, os.fspath(path))
+        with open(path, "wb") as file:
+            file.write(_serialised(self._index))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -88,8 +89,10 @@ class FaissFlat:
         faiss = _faiss()
         where = os.fspath(path)
         try:
-            index = faiss.read_index(where, faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
+            with open(path, "rb") as file:  # FAISS takes no undecodable names; the descriptor has a plain one
+                name = where if where.isprintable() else f"/dev/fd/{file.fileno()}"
+                index = faiss.read_index(name, faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, OSError) as error:
             raise IndexDamagedError(where, expected="a FAISS file", got=_first_line(error)) from error
         flat = isinstance(index, faiss.IndexScalarQuantizer) and index.metric_type == faiss.METRIC_INNER_PRODUCT
         if not flat or index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:

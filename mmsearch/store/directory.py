@@ -19,32 +19,22 @@ from dataclasses import asdict
 from typing import Any, Self
 
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, StoreError, UsageError
-from mmsearch.store import check, upkeep
+from mmsearch.store import check, creation, upkeep
 from mmsearch.store.base import Batch, Change, DerivedWriter, ItemState, Known, Problem
 from mmsearch.store.disk import REBUILD, Disk, os_guard, sqlite_guard
-from mmsearch.store.lock import LOCK_NAME, NOTE_NAME, WriterLock
-from mmsearch.store.manifest import FORMAT, MANIFEST_NAME, made_by, preprocessing_from, read_manifest
+from mmsearch.store.lock import WriterLock
+from mmsearch.store.manifest import FORMAT, preprocessing_from, read_manifest
 from mmsearch.store.migrations import check_format
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import (
-    APPLICATION_ID,
     ITEMS_NAME,
     KNOWN_COLUMNS,
-    SCHEMA,
     ReaderConnection,
-    encode_json,
-    is_unfinished,
     known_of,
     read_meta,
-    write_meta,
-    writer_connection,
 )
-from mmsearch.store.vectors import FIRST_NAME
-from mmsearch.store.writer import Writer, now
+from mmsearch.store.writer import Writer
 from mmsearch.types import NO_METADATA, ModelIdentity, Preprocessing, Source
-
-_HALF_MADE = {LOCK_NAME, NOTE_NAME, FIRST_NAME, ITEMS_NAME, ITEMS_NAME + "-wal", ITEMS_NAME + "-shm"}
-_HALF_MADE |= {ITEMS_NAME + "-journal"}
 
 
 class IndexStore:
@@ -64,12 +54,7 @@ class IndexStore:
     @classmethod
     def exists(cls, path: str) -> bool:
         """Whether there is an index at `path` (also a damaged one). A creation that was killed is none."""
-        if os.path.exists(os.path.join(path, MANIFEST_NAME)):
-            return True
-        try:
-            return not is_unfinished(os.path.join(path, ITEMS_NAME))
-        except IndexDamagedError:
-            return True
+        return creation.exists(path)
 
     @classmethod
     def create(
@@ -87,7 +72,7 @@ class IndexStore:
         """
         path, disk = os.path.abspath(path), disk or Disk()
         with os_guard(path):
-            return cls._create(path, disk, _first_facts(model, preprocessing, settings))
+            return cls._create(path, disk, creation.first_facts(model, preprocessing, settings))
 
     @classmethod
     def _create(cls, path: str, disk: Disk, facts: Mapping[str, Any]) -> Self:
@@ -95,8 +80,8 @@ class IndexStore:
         lock = WriterLock(path)
         lock.acquire()
         try:
-            _clear_half_made(path, disk)
-            _make_files(path, disk, facts)
+            creation.clear_half_made(path, disk)
+            creation.make_files(path, disk, facts)
             writer = Writer(path, disk=disk, lock=lock)
         except BaseException:
             lock.release()
@@ -162,7 +147,7 @@ class IndexStore:
         store = cls._open_writer(path, disk or Disk(), repair=True)
         writer = store._writing()
         try:
-            upkeep.clear(writer, _first_facts(model, preprocessing, settings))
+            upkeep.clear(writer, creation.first_facts(model, preprocessing, settings))
             return cls(path, writer=writer, meta=writer.facts())
         except BaseException:
             writer.close()
@@ -185,10 +170,8 @@ class IndexStore:
         try:
             writer.settle_vectors(extend=repair)
             repaired = upkeep.drop_damaged(writer) if repair else 0
-            with DirectorySnapshot(path, lenient=True) as snapshot:  # refuses mixed generations
-                meta = snapshot.meta
             writer.tidy()
-            return cls(path, writer=writer, meta=meta, repaired=repaired)
+            return cls(path, writer=writer, meta=writer.facts(), repaired=repaired)
         except BaseException:
             writer.close()
             raise
@@ -340,52 +323,6 @@ def _sizes(path: str) -> dict[str, int]:
             if os.path.isfile(full):
                 sizes[os.path.relpath(full, path)] = os.path.getsize(full)
     return dict(sorted(sizes.items()))
-
-
-def _first_facts(model: ModelIdentity, preprocessing: Preprocessing, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "generation": 0,
-        "rows": 0,
-        "dim": model.dim,
-        "vectors": FIRST_NAME,
-        "model": encode_json(asdict(model)),
-        "preprocessing": encode_json(asdict(preprocessing)),
-        "settings": encode_json(dict(settings)),
-        "made_by": made_by(),
-        "created_at": now(),
-        "updated_at": now(),
-    }
-
-
-def _clear_half_made(path: str, disk: Disk) -> None:
-    """Make room for a new index: only what a killed creation left is removed; anything else is refused."""
-    if IndexStore.exists(path):
-        raise StoreError(path, expected="no index", got="one", do="Open it, or choose another place.")
-    foreign = sorted(set(os.listdir(path)) - _HALF_MADE)
-    if foreign:
-        raise StoreError(
-            path, expected="an empty folder", got=f"one that holds {foreign[0]!r}", do="Choose another place."
-        )
-    for name in sorted(_HALF_MADE - {LOCK_NAME, NOTE_NAME}):
-        disk.remove(os.path.join(path, name))
-
-
-def _make_files(path: str, disk: Disk, facts: Mapping[str, Any]) -> None:
-    items = os.path.join(path, ITEMS_NAME)
-    disk.append(os.path.join(path, FIRST_NAME), [], at=0)
-    connection = writer_connection(items)
-    try:
-        with sqlite_guard(items):
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
-            write_meta(connection, facts)
-            disk.sync_dir(path)
-            disk.commit(connection, items)
-    finally:
-        connection.close()
 
 
 def _bring_up_to_date(path: str, disk: Disk, *, write: bool) -> None:

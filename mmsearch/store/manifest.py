@@ -13,14 +13,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 import xxhash
 
+from mmsearch import __version__
 from mmsearch.errors import IndexDamagedError, IndexMismatchError
 from mmsearch.store.base import Derived
-from mmsearch.store.disk import Disk
+from mmsearch.store.disk import REBUILD, Disk
 from mmsearch.types import Modality, ModelIdentity, Preprocessing
 
 FORMAT = 1
@@ -32,10 +32,7 @@ REWRITE = "Run 'mmsearch index' on this index again: it writes the manifest anew
 
 def made_by() -> str:
     """This program and its version, as indexes record it."""
-    try:
-        return f"mmsearch {metadata.version('mmsearch')}"
-    except metadata.PackageNotFoundError:
-        return "mmsearch (not installed)"
+    return f"mmsearch {__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +77,17 @@ def refuse_newer(found: int, made: str, where: str) -> None:
             expected=f"format {FORMAT} or older",
             got=f"format {found}, made by {made or 'a newer mmsearch'}; you have {made_by()}",
             do="Update mmsearch, or build the index anew with this version.",
+        )
+
+
+def refuse_mixed(manifest: Manifest | None, generation: int, items_path: str) -> None:
+    """Raise `IndexDamagedError` when the manifest is ahead of the database: it was restored from a copy."""
+    if manifest is not None and manifest.generation > generation:
+        raise IndexDamagedError(
+            items_path,
+            expected=f"generation {manifest.generation} or later ({MANIFEST_NAME})",
+            got=f"generation {generation}: files of different times were mixed",
+            do=REBUILD,
         )
 
 

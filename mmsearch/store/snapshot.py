@@ -22,7 +22,7 @@ from mmsearch.errors import IndexDamagedError, UsageError
 from mmsearch.store.base import Derived, ItemState, Known, Located
 from mmsearch.store.checksums import is_intact
 from mmsearch.store.disk import REBUILD, sqlite_guard
-from mmsearch.store.manifest import Manifest, read_manifest
+from mmsearch.store.manifest import Manifest, read_manifest, refuse_mixed
 from mmsearch.store.migrations import check_format
 from mmsearch.store.sqlite import (
     ITEM_COLUMNS,
@@ -76,14 +76,11 @@ class DirectorySnapshot:
         except BaseException:
             self._reader.close()
             raise
-        if self.manifest is not None and self.manifest.generation > self.generation:
+        try:
+            refuse_mixed(self.manifest, self.generation, self._items)
+        except IndexDamagedError:
             self.close()
-            raise IndexDamagedError(
-                self._items,
-                expected=f"generation {self.manifest.generation} or later (manifest.json)",
-                got=f"generation {self.generation}: files of different times were mixed",
-                do=REBUILD,
-            )
+            raise
 
     def _read_facts(self, meta: dict[str, Any]) -> None:
         try:

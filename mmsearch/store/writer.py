@@ -28,7 +28,15 @@ from mmsearch.store.check import ItemsFile, live_items
 from mmsearch.store.checksums import file_digest
 from mmsearch.store.disk import REENCODE, Disk, sqlite_guard
 from mmsearch.store.lock import WriterLock
-from mmsearch.store.manifest import DERIVED_FOLDER, FileRecord, Manifest, made_by, read_manifest, write_manifest
+from mmsearch.store.manifest import (
+    DERIVED_FOLDER,
+    FileRecord,
+    Manifest,
+    made_by,
+    read_manifest,
+    refuse_mixed,
+    write_manifest,
+)
 from mmsearch.store.manifest import preprocessing_from as preprocessing_of
 from mmsearch.store.migrations import check_format, migrate
 from mmsearch.store.scan import Scan
@@ -61,7 +69,9 @@ class Writer:
         try:
             with sqlite_guard(self.items_path):
                 check_format(self.db, self.items_path)
-                before.judge(int(self.facts()["generation"]))
+                generation = int(self.facts()["generation"])
+                before.judge(generation)
+                refuse_mixed(manifest, generation, self.items_path)
                 migrate(self.db, self.items_path, disk)
         except BaseException:
             self.db.close()

@@ -81,9 +81,7 @@ class TextConfig:
             raise ModelError("text backbone", expected="an object of settings", got=type(self.backbone).__name__)
         for name, limit in _BERT_LIMITS.items():
             _whole(f"text backbone {name}", self.backbone.get(name, _BERT_DEFAULTS[name]), low=1, high=limit)
-        width, heads = (
-            self.backbone.get(k, _BERT_DEFAULTS[k]) for k in ("hidden_size", "num_attention_heads")
-        )
+        width, heads = (self.backbone.get(k, _BERT_DEFAULTS[k]) for k in ("hidden_size", "num_attention_heads"))
         if width % heads:
             raise ModelError("text backbone hidden_size", expected=f"a multiple of {heads} heads", got=str(width))
 

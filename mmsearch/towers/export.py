@@ -74,9 +74,7 @@ def image_graph(model: DualEncoder, weights: Path) -> bytes:
     return _export(_ImageGraph(model), (pixels,), axes={PIXELS: {0: "b"}}, weights=weights)
 
 
-def _export(
-    module: nn.Module, example: tuple[Tensor, ...], *, axes: dict[str, dict[int, str]], weights: Path
-) -> bytes:
+def _export(module: nn.Module, example: tuple[Tensor, ...], *, axes: dict[str, dict[int, str]], weights: Path) -> bytes:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter talks about axis names that two inputs share
         program: Any = torch.onnx.export(

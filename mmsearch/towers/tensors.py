@@ -109,7 +109,7 @@ def read_layout(path: Path) -> dict[str, Stored]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise damaged(path, detail=str(error)[:120]) from error
 
 

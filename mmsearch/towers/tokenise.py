@@ -52,9 +52,7 @@ class Tokeniser:
         tokenizer.enable_padding(pad_id=number, pad_token=token, length=max_tokens if fixed else None)
 
     @classmethod
-    def from_file(
-        cls, path: Path, *, max_tokens: int, fixed: bool = False, pad: str | None = None
-    ) -> Tokeniser:
+    def from_file(cls, path: Path, *, max_tokens: int, fixed: bool = False, pad: str | None = None) -> Tokeniser:
         """Read a tokenizer.json; `ModelError` when it is not one."""
         try:
             if path.stat().st_size > _MAX_FILE:
@@ -74,9 +72,7 @@ class Tokeniser:
         encoded = [self._tokenizer.encode(clean[0])] if one else self._tokenizer.encode_batch(clean)
         ids = np.array([e.ids for e in encoded], dtype=np.int64).reshape(len(encoded), -1)
         mask = np.array([e.attention_mask for e in encoded], dtype=np.int64).reshape(ids.shape)
-        cut = tuple(
-            bool(e.overflowing) or len(text) > self._characters for e, text in zip(encoded, texts, strict=True)
-        )
+        cut = tuple(bool(e.overflowing) or len(text) > self._characters for e, text in zip(encoded, texts, strict=True))
         return Tokens(ids, mask, cut)
 
     def _clean(self, text: str) -> str:

@@ -1,5 +1,6 @@
 """The command itself: help, usage errors, exit codes, and how it ends when something happens to it."""
 
+import os
 import re
 import signal
 import subprocess
@@ -85,10 +86,9 @@ def running(code: str) -> subprocess.Popen[str]:
     here = Path(__file__).parent
     head = f"import sys; sys.path.insert(0, {str(here)!r})\nfrom cli_fakes import FakeLibrary, hit\n"
     head += "from mmsearch.cli.app import main\n"
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code], stdout=pipe, stderr=pipe, text=True, cwd=here.parents[1]
-    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", head + code]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=here.parents[1], env=env)
 
 
 @pytest.mark.parametrize(("hits", "read"), [(50_000, 1), (3, 0)])

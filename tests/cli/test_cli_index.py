@@ -37,6 +37,16 @@ def test_the_index_is_named_after_the_first_path(mmsearch, path, out):
     assert built(library)["out"] == Path(out)
 
 
+def test_a_folder_keeps_its_dots_and_a_link_its_own_name(mmsearch, tmp_path):
+    """photos.2020 is not a file called photos, and a link is called what the user calls it."""
+    (tmp_path / "photos.2020").mkdir()
+    (tmp_path / "mine").symlink_to("photos.2020")
+    for path in ("photos.2020", "mine"):
+        library = FakeLibrary()
+        mmsearch("index", path, library=library)
+        assert built(library)["out"] == Path("indexes", path)
+
+
 def test_home_moves_the_default_folder(mmsearch, monkeypatch):
     """MMSEARCH_HOME is where indexes are built; an empty value counts as unset."""
     for value, out in (("/big/disk", "/big/disk/photos"), ("", "indexes/photos")):

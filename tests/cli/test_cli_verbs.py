@@ -94,6 +94,8 @@ def test_the_demo_indexes_real_photos_and_asks_three_questions(mmsearch):
     assert str(told["out"]) == "indexes/demo"
     assert [text for text, _ in library.searcher.asked] == list(QUERIES)
     assert all(f'"{query}"' in ended.out for query in QUERIES)
+    assert "cat.png" in ended.out
+    assert "/photos/" not in ended.out  # the folder is said once, on stderr
 
 
 def test_without_scikit_image_the_demo_names_the_extra(mmsearch, monkeypatch):

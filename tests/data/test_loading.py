@@ -368,7 +368,7 @@ def test_ctrl_c_ends_parent_and_workers_quietly(tmp_path):
 
 
 def test_libraries_that_print_are_not_heard(tmp_path, capfd):
-    """What C code and Pillow say about broken files does not reach the user's terminal."""
+    """What C code and Pillow say about broken files reaches no terminal, and much of it clogs no pipe."""
     paths = folder_of(tmp_path, "loud.png", "loud2.png")
     with loader() as decode:
         check(list(decode.load(enumerate(paths))), paths, {})

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
-import threading
 import time
 
 import pytest
@@ -40,49 +40,34 @@ def test_an_mtime_in_the_future_or_before_1970_is_just_a_number(tmp_path):
         assert read_file(str(path))[1].mtime_ns == seconds * 10**9
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path):
-    """Row 19: written once between our opening and our reading; the second reading is whole."""
+def changing(path, times: int, monkeypatch) -> None:
+    """Append to `path` between the reader's look before and its look after, this many times."""
+    fstat, calls = os.fstat, itertools.count()
+
+    def look(descriptor: int) -> os.stat_result:
+        if (call := next(calls)) % 2 and call // 2 < times:
+            with open(path, "ab") as file:
+                file.write(b"more")
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", look)
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """Row 19: what comes out is whole, and its stamp is that of what came out."""
     path = tmp_path / "a"
-    path.write_bytes(b"old " * 10)
-    times = iter([True, False, False])
-
-    def opener(name: str, flags: int) -> int:
-        descriptor = os.open(name, flags)
-        if next(times):  # after the reader's descriptor exists, before it looks at it, then grow
-            threading.Timer(0, lambda: None).start()
-            path.write_bytes(b"new " * 20)
-        return descriptor
-
-    assert read_file(str(path), opener=opener)[0] == b"new " * 20
+    path.write_bytes(b"old")
+    changing(path, 2, monkeypatch)
+    data, stamp = read_file(str(path))
+    assert (data, stamp.size) == (b"oldmoremore", 11)
 
 
-class Growing:
-    """Appends to a file for as long as it is used."""
-
-    def __init__(self, path):
-        self.stop, self.path = threading.Event(), path
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        with open(self.path, "ab", buffering=0) as file:
-            while not self.stop.is_set():
-                file.write(b"x" * 10)
-
-    def __enter__(self):
-        self.thread.start()
-        time.sleep(0.05)
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-
-
-def test_a_file_that_never_stops_changing_is_skipped_as_such(tmp_path):
+def test_a_file_that_never_stops_changing_is_skipped_as_such(tmp_path, monkeypatch):
     """Row 19: a download in progress: no half of it is taken for a picture, and we do not wait for ever."""
     path = tmp_path / "a"
-    path.write_bytes(b"x" * 8_000_000)
-    with Growing(path):
-        assert refusal(path).reason == SkipReason.CHANGING
+    path.write_bytes(b"old")
+    changing(path, 1000, monkeypatch)
+    assert refusal(path).reason == SkipReason.CHANGING
 
 
 def test_a_file_that_is_gone_has_vanished(tmp_path):

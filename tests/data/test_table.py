@@ -198,18 +198,18 @@ def test_a_line_without_end_takes_no_memory(folder):
     found, (skip,) = read(path)
     assert [s.name for s in found] == ["1.jpg", "2.jpg"]
     assert (skip.path, skip.detail) == (f"{path}:2", "line too long")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 130_000
 
 
 def test_a_long_table_streams(folder):
-    """Row 26: 100,000 rows of one picture and 100,000 texts: memory stays flat."""
+    """Row 26: 30,000 texts: memory stays flat."""
     path = folder / "t.csv"
     with open(path, "w") as file:
         file.write("image,caption\n")
-        for number in range(50_000):
+        for number in range(30_000):
             file.write(f",text number {number}\n")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert sum(1 for _ in read_collection([str(path)], on_skip=pytest.fail)) == 50_000
+    assert sum(1 for _ in read_collection([str(path)], on_skip=pytest.fail)) == 30_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000
 
 

@@ -10,8 +10,9 @@ import pytest
 from store_kit import PlainDerived, create, make_index, state_of, upsert
 
 from mmsearch.errors import IndexDamagedError, MmsearchError
-from mmsearch.store import Batch, IndexStore
+from mmsearch.store import Batch, Derived, IndexStore
 from mmsearch.store.check import verify
+from mmsearch.store.checksums import ends_digest, file_digest, is_intact
 from mmsearch.types import Modality
 
 FILES = ["manifest.json", "items.sqlite", "vectors.f16", "faiss/image-1.faiss", "faiss/text-1.faiss"]
@@ -146,6 +147,19 @@ def test_damaged_rows_are_not_copied_into_new_files(quick_path):
                 work()
 
 
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+def test_a_derived_file_is_checked_from_end_to_end(quick_path, at):
+    """Not only where the quick look at a huge file goes."""
+    path = quick_path / "file"
+    data = bytearray(range(256)) * 2000
+    path.write_bytes(data)
+    size, whole = file_digest(str(path))
+    derived = Derived("faiss/x", "plain", Modality.IMAGE, 1, "vectors.f16", 1, 1, size, whole, ends_digest(str(path)))
+    assert is_intact(str(path), derived, thorough=False)
+    path.write_bytes(flip(at)(data))
+    assert not is_intact(str(path), derived, thorough=False)
+
+
 def test_a_writer_does_not_bless_damage_of_the_database(intact, quick_path):
     """One flipped bit in a caption: SQLite does not notice, and a new checksum must not cover it."""
     path = str(shutil.copytree(intact, quick_path / "run"))
@@ -165,9 +179,11 @@ def test_files_of_different_generations_are_refused(quick_path):
         store.commit(Batch(upserts=[upsert("a", 1)]))
         store.finish()
     Path(path, "items.sqlite").write_bytes(old)
+    rows = Path(path, "vectors.f16").read_bytes()
     for write in (False, True):
         with pytest.raises(IndexDamagedError, match="generation"):
-            IndexStore.open(path, write=write)
+            IndexStore.open(path, write=write, repair=write)
+    assert Path(path, "vectors.f16").read_bytes() == rows, "rows that the newer database names were cut off"
     assert any("generation" in problem.what for problem in verify(path))
 
 

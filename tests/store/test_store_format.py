@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from store_kit import CountingDisk, DyingDisk, in_child, make_index, state_of
 
-from mmsearch.errors import IndexMismatchError
+from mmsearch.errors import IndexMismatchError, MmsearchError
 from mmsearch.index.derived import neighbours
 from mmsearch.store import IndexStore, ItemState
 from mmsearch.store.manifest import checksum
@@ -162,6 +163,22 @@ def test_a_step_that_fails_leaves_the_old_format(quick_path):
         migrate(connection, f"{path}/items.sqlite", CountingDisk(), to=2, steps={1: fail})
     connection.close()
     assert state_of(path) == before
+
+
+@pytest.mark.parametrize("name", [b"a b#c?d%41&e=f;g'h", b"\xff\xfe", "名前\n".encode()])
+def test_an_index_may_be_in_a_folder_of_any_name(quick_path, name):
+    """The name goes into SQLite's address, FAISS's file name and every message."""
+    path = str(shutil.copytree(make_golden.TINY, os.path.join(quick_path, os.fsdecode(name))))
+    with IndexStore.open(path, write=True) as store:
+        store.finish()
+    with IndexStore.open(path) as store, store.snapshot() as snapshot:
+        assert store.verify() == []
+        index = neighbours(snapshot, Modality.IMAGE, small=0)
+        assert index.search(make_golden.row(2)[None], 1)[1].tolist() == [[2]]
+    Path(path, "manifest.json").write_text("{}")
+    with pytest.raises(MmsearchError) as caught:
+        IndexStore.open(path)
+    assert str(caught.value).isprintable()
 
 
 def test_the_manifest_checks_itself(golden):

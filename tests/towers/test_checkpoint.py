@@ -72,7 +72,8 @@ def test_rows_in_eight_bits_have_known_values():
 
 def test_what_half_precision_cannot_hold_stays_single():
     """A matrix with 1e6 in it would become infinite."""
-    state = {"big": torch.full((2, 2), 1e6), "small": torch.ones(2, 2), "vector": torch.ones(2), "count": torch.tensor(3)}
+    state = {"big": torch.full((2, 2), 1e6), "small": torch.ones(2, 2), "vector": torch.ones(2)}
+    state["count"] = torch.tensor(3)
     stored = to_stored(state, quantise=())
     assert stored["big"].dtype == stored["vector"].dtype == torch.float32
     assert stored["small"].dtype == torch.float16
@@ -93,12 +94,16 @@ def test_identity_follows_weights_tokenizer_architecture_and_preprocessing(tmp_p
     """Two models whose vectors cannot be compared never look alike; the name does not count."""
     base = tiny_checkpoint(tmp_path / "base").identity
     assert tiny_checkpoint(tmp_path / "again").identity == base
-    others = [
-        tiny_checkpoint(tmp_path / "seed", seed=1).identity,
-        tiny_checkpoint(tmp_path / "cut", config={**TINY_CONFIG, "max_tokens": 9}).identity,
-        tiny_checkpoint(tmp_path / "pool", config={**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "pooling": "max"}}).identity,
-        tiny_checkpoint(tmp_path / "fit", config={**TINY_CONFIG, "preprocessing": {"size": 32, "fit": "crop"}}).identity,
+    changes = [
+        {"max_tokens": 9},
+        {"image": {**TINY_CONFIG["image"], "pooling": "max"}},
+        {"preprocessing": {"size": 32, "fit": "crop"}},
     ]
+    others = [
+        tiny_checkpoint(tmp_path / str(i), config={**TINY_CONFIG, **change}).identity
+        for i, change in enumerate(changes)
+    ]
+    others.append(tiny_checkpoint(tmp_path / "seed", seed=1).identity)
     assert not any(other.same_space(base) for other in others)
     edit_config(tmp_path / "again", name="other")
     assert Checkpoint.open(tmp_path / "again").identity.same_space(base)
@@ -164,7 +169,9 @@ def test_a_config_that_is_not_ours_is_a_model_error(copied, content):
         Checkpoint.open(copied)
 
 
-@pytest.mark.parametrize("files", [None, [], {}, {"model.safetensors": "0"}, {"../../etc/passwd": "0"}, {"tokenizer.json": 3}])
+@pytest.mark.parametrize(
+    "files", [None, [], {}, {"model.safetensors": "0"}, {"../../etc/passwd": "0"}, {"tokenizer.json": 3}]
+)
 def test_a_file_list_that_is_not_one_is_a_model_error(copied, files):
     """Among them one that points out of the folder."""
     edit_config(copied, files=files)

@@ -58,7 +58,8 @@ def test_preprocessing_is_read_from_the_image_processor(folders):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"size": {"height": 3, "width": 4}}, {"size": 10**9}, {"size": "big"}, {"size": 32, "image_std": [0, 0, 0]}]
+    "values",
+    [{}, {"size": {"height": 3, "width": 4}}, {"size": 10**9}, {"size": "big"}, {"size": 32, "image_std": [0, 0, 0]}],
 )
 def test_preprocessing_that_cannot_be_followed_is_a_model_error(tmp_path, values):
     """No size, not square, absurd, no deviation."""
@@ -79,7 +80,9 @@ def test_a_missing_weight_is_an_error_not_a_random_number(folders, tmp_path):
         Encoder.load(broken)
 
 
-@pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"\xff" * 64), ("tokenizer.json", b"{}"), ("config.json", b"{")])
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors", b"\xff" * 64), ("tokenizer.json", b"{}"), ("config.json", b"{")]
+)
 def test_a_damaged_file_is_a_model_error(folders, tmp_path, file, content):
     """One sentence, no traceback."""
     broken = shutil.copytree(folders["clip"], tmp_path / "broken")

@@ -117,7 +117,8 @@ def test_the_logit_scale_starts_at_clips_and_is_cut_at_100():
 
 
 @pytest.mark.parametrize(
-    "backbone", ["timm:no_such_model", "timm:hf-hub:someone/model", "torchvision:no_such", "torchvision:raft_large", "keras:vgg"]
+    "backbone",
+    ["timm:no_such_model", "timm:hf-hub:someone/model", "torchvision:no_such", "torchvision:raft_large", "keras:vgg"],
 )
 def test_an_unknown_backbone_is_one_sentence(backbone):
     """A name nobody has, a hub behind a name, a family without a table line: ModelError."""
