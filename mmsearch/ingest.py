@@ -150,9 +150,10 @@ class Ingest:
         return False
 
     def _count_unchanged(self, known: Known) -> None:
-        self.counts.unchanged += 1
         if known.state is ItemState.SKIPPED and known.reason is not None:
             self.skipped.append(Skipped(known.path or known.name, known.reason, known.detail))
+        else:
+            self.counts.unchanged += 1
 
     def _settle_suspect(self, change: Change, source: Source, known: Known) -> bool:
         if known.content_hash is None:
@@ -240,7 +241,7 @@ class Ingest:
             upsert = replace(upsert, keep_text=True)
         elif source.captions:
             self._pending.texts.append((len(self._pending.batch.upserts), source.captions))
-        self._pending.batch.upserts.append(upsert)
+        self._pending.batch.upserts.append(replace(upsert, id=_own_id(source)))
         if counted and known is not None and known.state is ItemState.OK:
             self.counts.changed += 1
         elif counted:
@@ -291,6 +292,12 @@ def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:
         source, stamp=one.stamp, content_hash=one.content_hash, image_vector=vector,
         width=info.width, height=info.height, taken_at=info.taken_at, note=info.note,
     )  # fmt: skip
+
+
+def _own_id(source: Source) -> str | None:
+    """The id that a table or side-car brought; results carry it instead of one of ours."""
+    own = source.metadata.get("id")
+    return own if isinstance(own, str) and own else None
 
 
 def _text_only_change(known: Known, upsert: Upsert) -> bool:

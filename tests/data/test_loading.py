@@ -223,6 +223,17 @@ def test_names_of_any_bytes_reach_the_worker(tmp_path):
         check(list(decode.load(enumerate(paths))), paths, {})
 
 
+def test_more_requests_than_the_pipe_holds_wait_their_turn(tmp_path):
+    """Megabytes of long names behind a hanging picture: nobody waits for ever, and nobody is blamed for it."""
+    hang = folder_of(tmp_path, "hang.png")[0]
+    absent = [str(tmp_path / "/".join([f"{i}" + "\udcff" * 200] * 15)) for i in range(200)]
+    with loader(workers=1, timeout_s=1) as decode:
+        first, *rest = decode.load(enumerate([hang, *absent]))
+    assert first.skipped.reason == SkipReason.TIMEOUT
+    assert [r.skipped.path for r in rest] == absent
+    assert {r.skipped.reason for r in rest} == {SkipReason.VANISHED}
+
+
 def test_requests_are_taken_as_they_are_needed(tmp_path):
     """Bounded look-ahead: never more than `ahead` requests are out, however long the list."""
     path = folder_of(tmp_path, "a.png")[0]
