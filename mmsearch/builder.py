@@ -6,7 +6,8 @@ A build that is stopped at any instant goes on where it stopped: what was commit
 
 Decisions:
 - A picture's identity is its absolute path (root "" in the store), so that overlapping folders, single
-  files and lists name the same picture once. Rows of a table are known by (table, name).
+  files and lists name the same picture once. Rows of a table, and `Source`s handed over, are known by
+  their own (root, name): another call with the same root brings that root up to date.
 - Gone means: below a folder that was scanned now and found not to be empty. A folder that holds nothing
   any more, or is not there at all, looks like an unmounted disk: its items stay unless `prune`.
 - A file whose size some indexed file had is hashed before it is decoded: moves and copies cost a read,
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mmsearch.data.collection import read_collection
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
+from mmsearch.data.reading import stamp_of
 from mmsearch.errors import InputError, PartialError
 from mmsearch.ingest import Ingest
 from mmsearch.store.directory import IndexStore
@@ -167,7 +169,8 @@ class Scan:
         """Everything found, pictures under their absolute path; streams."""
         present = [p for p in self._paths if p not in self.absent]
         for source in self._ready:
-            yield self._filed(source)
+            self.tables.add(source.root)
+            yield _stamped(source)
         if present:
             for source in read_collection(
                 present, exclude=self._exclude, include_hidden=self._include_hidden, on_skip=self.skipped.append
@@ -190,6 +193,16 @@ class Scan:
     def unreadable(self) -> list[str]:
         """Folders that could not be listed: what lies below them is not known to be gone."""
         return [s.path for s in self.skipped if os.path.isdir(s.path)]
+
+
+def _stamped(source: Source) -> Source:
+    """With the stamp of its file, if nobody gave one: without it the picture would be read at each build."""
+    if source.path is None or source.stamp is not None:
+        return source
+    try:
+        return replace(source, stamp=stamp_of(os.stat(source.path)))
+    except OSError:
+        return source  # reading it will say why
 
 
 def is_below(path: str, folder: str) -> bool:

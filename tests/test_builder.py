@@ -243,6 +243,17 @@ def test_ready_sources_need_no_files(tmp_path):
         assert searcher.search_text("blue", k=1, to="text")[0].caption == "a blue thing"
 
 
+def test_ready_sources_keep_their_own_names(photos, tmp_path):
+    """Two products with the same picture are two items; a product that is handed over no more is dropped."""
+    red = str(photos / "red.png")
+    sources = [Source("shop", sku, red, None, captions=("thing",), metadata={"id": sku}) for sku in ("a", "b")]
+    run(sources, tmp_path / "index")
+    with Searcher.open(tmp_path / "index", encoder=ColorEncoder()) as searcher:
+        assert {hit.item.id for hit in searcher.search_text("red", k=5)} == {"a", "b"}
+    report, encoder = run(sources[1:], tmp_path / "index")
+    assert (report.removed, encoder.images) == (1, 0)
+
+
 class StopsAfter:
     """A progress display on which somebody presses Ctrl-C."""
 

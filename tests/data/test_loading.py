@@ -335,9 +335,8 @@ PARENT = """
 
 
 def parent(picture: str, *, timeout: float = 20, first: str = "next(running)", each: str = "pass", **options):
-    code = textwrap.dedent(PARENT).format(
-        path=sys.path, picture=picture, timeout=timeout, first=first, each=each
-    )
+    code = PARENT.format(path=sys.path, picture=picture, timeout=timeout, first=first, each=each)
+    code = textwrap.dedent(code)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **options)
 
 
@@ -366,7 +365,10 @@ def test_even_a_hanging_worker_ends_after_its_parent_was_killed(tmp_path):
 
 def test_ctrl_c_ends_parent_and_workers_quietly(tmp_path):
     """Workers ignore the interrupt and end with their parent; they print nothing of their own."""
-    process = parent(folder_of(tmp_path, "a.png")[0], stderr=subprocess.PIPE, start_new_session=True)
+    ready = "while not all(w.ready for w in decode._crew._workers): decode._crew.gather(0.1)"
+    first = f"next(running)\n    {ready}"
+    options = {"stderr": subprocess.PIPE, "start_new_session": True, "first": first}
+    process = parent(folder_of(tmp_path, "a.png")[0], **options)
     pids = [int(pid) for pid in process.stdout.readline().split()]
     for pid in pids:
         os.kill(pid, signal.SIGINT)
