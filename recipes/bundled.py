@@ -232,7 +232,7 @@ def embed_images(model: DualEncoder, pooled: Tensor, names: Tensor) -> Tensor:
     tower = model.image
     head = tower.projection(functional.dropout(pooled, FEATURE_DROPOUT, training=tower.training))
     shares = functional.softmax(tower.anchors.classifier(pooled), dim=-1)
-    return functional.normalize(head + tower.anchors.scale * (shares @ names), dim=-1)
+    return functional.normalize(functional.normalize(head, dim=-1) + tower.anchors.scale * (shares @ names), dim=-1)
 
 
 def batches(splits: list[Split], draw: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:

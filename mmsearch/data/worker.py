@@ -48,7 +48,7 @@ def main(socket_fd: int, slab_fd: int, *, open_picture: Opener = open_image) -> 
         settings = json.loads(lines.readline())
         _limit_memory(settings["memory_bytes"])
         Image.MAX_IMAGE_PIXELS = None  # the worker's own limit is checked instead
-        _single_threaded_decoders()
+        _warm_up_decoders()
         _say(lines, {"ready": os.getpid()})
         _silence()
         _serve(lines, memoryview(mmap.mmap(slab_fd, 0)), settings, open_picture)
@@ -104,10 +104,11 @@ def _limit_memory(limit: int) -> None:
         return
 
 
-def _single_threaded_decoders() -> None:
-    """One thread a decoder: there is a worker for every core already."""
+def _warm_up_decoders() -> None:
+    """Load the usual ones before the clock ticks; one thread a decoder, there is a worker for every core."""
     from PIL import AvifImagePlugin
 
+    Image.preinit()
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 

@@ -115,7 +115,10 @@ def _map_width(features: nn.Module, size: int) -> int:
 
 
 class ImageTower(nn.Module):
-    """(b, 3, s, s) normalised pixels -> (b, d) unit rows: normalise(head(f) + anchors(f)), f the pooled features."""
+    """(b, 3, s, s) normalised pixels -> (b, d) unit rows.
+
+    With f the pooled features: normalise(head(f)), or normalise(normalise(head(f)) + anchors(f)).
+    """
 
     def __init__(self, config: ImageConfig, *, dim: int, size: int) -> None:
         super().__init__()
@@ -137,7 +140,8 @@ class ImageTower(nn.Module):
         """(b, w) -> (b, d) float32 unit rows."""
         rows: Tensor = self.projection(pooled)
         if self.anchors is not None:
-            rows = rows + self.anchors(pooled)
+            # Both parts at length 1 (times m): a head that grows long in training would drown the names.
+            rows = functional.normalize(rows, dim=-1) + self.anchors(pooled)
         return functional.normalize(rows.to(torch.float32), dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:

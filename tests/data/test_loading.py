@@ -87,18 +87,19 @@ def test_a_hanging_decoder_is_ended_and_the_job_goes_on(tmp_path):
     """Row 15: a loop in C or a sleep: its worker is killed after the timeout, the others are not touched."""
     paths = folder_of(tmp_path, *["a.png", "hang.png", "b.png", "c.png", "sleep.png", "d.png", "e.png"])
     started = time.monotonic()
-    with loader(timeout_s=0.7) as decode:
+    with loader(timeout_s=1) as decode:
         results = list(decode.load(enumerate(paths)))
     check(results, paths, {"hang.png": SkipReason.TIMEOUT, "sleep.png": SkipReason.TIMEOUT})
-    assert results[1].skipped.detail == "over 0.7 s"
+    assert results[1].skipped.detail == "over 1 s"
     assert time.monotonic() - started < 15
 
 
 def test_a_picture_that_really_takes_too_long_is_a_timeout(tmp_path):
-    """Row 15 without a trick: 144 megapixels within a few milliseconds is not to be had."""
+    """Row 15 without a trick: 400 megapixels within half a second is not to be had."""
     paths = folder_of(tmp_path, "a.png", "slow.png", "b.png")
-    (tmp_path / "slow.png").write_bytes(png_bomb(12_000))
-    with Loader(preprocessing=SMALL, workers=1, timeout_s=0.05) as decode:
+    (tmp_path / "slow.png").write_bytes(png_bomb(20_000))
+    limits = Limits(max_pixels=500_000_000)
+    with Loader(preprocessing=SMALL, workers=1, timeout_s=0.5, limits=limits) as decode:
         results = list(decode.load(enumerate(paths)))
     check(results, paths, {"slow.png": SkipReason.TIMEOUT})
 
@@ -106,7 +107,7 @@ def test_a_picture_that_really_takes_too_long_is_a_timeout(tmp_path):
 def test_a_stopped_worker_is_ended_from_outside(tmp_path):
     """Row 15: its own alarm clock does not tick while it is stopped; the parent's patience ends instead."""
     paths = folder_of(tmp_path, *["stop.png", "a.png", "b.png"])
-    with loader(timeout_s=0.5, workers=1) as decode:
+    with loader(timeout_s=0.7, workers=1) as decode:
         results = list(decode.load(enumerate(paths)))
     check(results, paths, {"stop.png": SkipReason.TIMEOUT})
 
@@ -126,7 +127,7 @@ def test_a_failed_picture_still_has_its_hash_and_stamp(tmp_path):
     """Rows 15, 16: so that it is remembered and not tried again until it changes."""
     paths = folder_of(tmp_path, "segv.png", "hang.png", "broken.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with loader(timeout_s=0.5) as decode:
+    with loader(timeout_s=1) as decode:
         results = list(decode.load(enumerate(paths)))
     for result, path in zip(results, paths, strict=True):
         assert (result.content_hash, result.stamp) == file_digest(path)
