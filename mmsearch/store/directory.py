@@ -280,7 +280,9 @@ class IndexStore:
     def info(self) -> dict[str, Any]:
         """What is in the index: JSON values, sizes in bytes."""
         with DirectorySnapshot(self.path) as snapshot:
-            roots = snapshot.execute("SELECT root, count(*) FROM items WHERE state = ? GROUP BY root", (ItemState.OK,))
+            roots = snapshot.execute(
+                "SELECT root, count(*), min(path), max(path) FROM items WHERE state = ? GROUP BY root", (ItemState.OK,)
+            )
             derived = {} if snapshot.manifest is None else snapshot.manifest.derived
             meta = snapshot.meta
             return {
@@ -295,7 +297,7 @@ class IndexStore:
                 "settings": dict(self.settings),
                 "vectors": {"file": snapshot.vectors_name, "rows": snapshot.row_count, "dim": snapshot.dim},
                 **check.live_items(snapshot),
-                "roots": {os.fsdecode(root): count for root, count in roots},
+                "roots": {_shown_root(*row[:1], *row[2:]): row[1] for row in roots},
                 "derived": {
                     name: {"file": one.file, "kind": one.kind, "rows": one.count} for name, one in derived.items()
                 },
@@ -309,6 +311,13 @@ def verify(path: str) -> list[Problem]:
     if not IndexStore.exists(path):
         raise IndexNotFoundError(path, expected="an index", got="none", do="Name another.")
     return check.verify(path)
+
+
+def _shown_root(root: bytes, first: bytes | None, last: bytes | None) -> str:
+    """A root's name; files that have none are shown by the folder that holds them all."""
+    if root or first is None or last is None:
+        return os.fsdecode(root)
+    return os.fsdecode(os.path.commonpath([os.path.dirname(first), os.path.dirname(last)]))
 
 
 def _json(text: str) -> Any:  # noqa: ANN401 - JSON is what it is

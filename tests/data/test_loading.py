@@ -323,7 +323,8 @@ def test_workers_import_nothing_heavy():
 
 
 PARENT = """
-    import sys, itertools
+    import sys, itertools, signal
+    signal.alarm(60)  # whatever becomes of the test, this ends
     sys.path[:] = {path!r}
     from mmsearch.data.loading import Loader
     from mmsearch.types import Preprocessing
