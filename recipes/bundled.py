@@ -50,10 +50,13 @@ from mmsearch.types import Pair, Preprocessing
 NAME = "mmsearch-lite2-minilm-1"
 PREPROCESSING = Preprocessing(size=260, fit="squash")
 
-DIM, HIDDEN, BATCH, EPOCHS = 384, 1024, 512, 8
+DIM, HIDDEN, BATCH, EPOCHS = 384, 1024, 512, 10
 LEARNING_RATE, WEIGHT_DECAY, EMA = 1e-3, 0.2, 0.99
 HEAD_DROPOUT, FEATURE_DROPOUT = 0.5, 0.3
 PROMPT = "a photo of a {}"
+ANCHOR_BOOST = 1.25
+"""The mixing scalar is learned from captions, which name few of the classes. A quarter more costs them 0.4 points of
+hit@5 on the validation splits and gains 2 points of zero-shot top-1 on class folders (Caltech101, not trained on)."""
 CONFIG: dict[str, Any] = {
     "dim": DIM,
     "max_tokens": 64,
@@ -105,10 +108,25 @@ def initial_model() -> tuple[DualEncoder, Path]:
     return model.eval(), texts / "tokenizer.json"
 
 
-def class_names() -> list[str]:
-    """The names of the 1,000 ImageNet classes, synonyms included."""
+def class_prompts() -> tuple[list[str], Tensor]:
+    """A sentence for the first two synonyms of each ImageNet class, and which class each is of."""
     info = timm.data.ImageNetInfo()
-    return [info.index_to_description(i) for i in range(1000)]
+    names = [[name.strip() for name in info.index_to_description(i).split(",")[:2]] for i in range(1000)]
+    owners = [i for i, synonyms in enumerate(names) for _ in synonyms]
+    return [PROMPT.format(name) for synonyms in names for name in synonyms], torch.tensor(owners)
+
+
+@dataclass
+class Names:
+    """Pooled text features of the class prompts, and their classes."""
+
+    pooled: Tensor
+    owners: Tensor
+
+    def embed(self, model: DualEncoder) -> Tensor:
+        """(1000, d) unit rows: each class is the mean of its synonyms, as the text head says them now."""
+        rows = model.text.embed(self.pooled)
+        return functional.normalize(torch.zeros(1000, rows.shape[1]).index_add(0, self.owners, rows), dim=-1)
 
 
 def picture(path: str, *, view: int, seed: int) -> np.ndarray:
@@ -247,10 +265,10 @@ def batches(splits: list[Split], draw: np.random.Generator) -> Iterator[tuple[Te
 
 
 @torch.inference_mode()
-def validate(model: DualEncoder, splits: dict[str, Split], names: Tensor) -> dict[str, list[float]]:
+def validate(model: DualEncoder, splits: dict[str, Split], names: Names) -> dict[str, list[float]]:
     """hit@1/5/10 in percent, text→image then image→text, of each validation split."""
     result = {}
-    anchors = model.text.embed(names)
+    anchors = names.embed(model)
     for name, split in splits.items():
         images = embed_images(model, split.views[0], anchors).numpy()
         texts = model.text.embed(split.texts[[c for own in split.captions for c in own]]).numpy()
@@ -262,7 +280,7 @@ def validate(model: DualEncoder, splits: dict[str, Split], names: Tensor) -> dic
     return result
 
 
-def train(model: DualEncoder, data: dict[str, dict[str, Split]], names: Tensor, *, seed: int) -> dict[str, Any]:
+def train(model: DualEncoder, data: dict[str, dict[str, Split]], names: Names, *, seed: int) -> dict[str, Any]:
     """Train the heads in place; returns the validation figures of the state that was kept."""
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
@@ -286,7 +304,7 @@ def train(model: DualEncoder, data: dict[str, dict[str, Split]], names: Tensor, 
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / total))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            rows = embed_images(model, images, model.text.embed(names))
+            rows = embed_images(model, images, names.embed(model))
             logits = model.logit_scale * model.text.embed(texts) @ rows.T
             labels = torch.arange(BATCH)
             loss = (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
@@ -327,16 +345,18 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = initial_model()
-    names_file = options.work / "names.npy"
-    prompts = [PROMPT.format(name) for name in class_names()]
-    names = torch.from_numpy(cached(names_file, lambda: text_features(model, prompts, tokenizer)).astype(np.float32))
+    prompts, owners = class_prompts()
+    pooled = cached(options.work / "names.npy", lambda: text_features(model, prompts, tokenizer))
+    names = Names(torch.from_numpy(pooled.astype(np.float32)), owners)
     data = {
         name: features(name, folder / "captions.jsonl", model=model, tokenizer=tokenizer, options=options)
         for name, folder in (("flickr8k", options.flickr8k), ("coco", options.coco))
     }
     best = train(model, data, names, seed=options.seed)
     with torch.inference_mode():
-        model.image.anchors.set_names(model.text.embed(names))
+        model.image.anchors.set_names(names.embed(model))
+        model.image.anchors.scale.mul_(ANCHOR_BOOST)
+    best["figures"] = validate(model, {name: data[name]["val"] for name in data}, names)
     rows = [
         f"| {name} val | {' / '.join(map(str, figures[:3]))} | {' / '.join(map(str, figures[3:]))} |"
         for name, figures in best["figures"].items()
