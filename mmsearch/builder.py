@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mmsearch.data.collection import read_collection
+from mmsearch.data.collection import is_table, read_collection
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
 from mmsearch.data.reading import stamp_of
 from mmsearch.errors import InputError, PartialError
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 FILES = ""
 """The store's root of everything that is a file of its own (a picture), whatever folder it lies in."""
+
+OF_LIMITS = (SkipReason.TOO_LARGE, SkipReason.OUT_OF_MEMORY)
+"""Skips that other limits may undo."""
 
 
 class Progress(Protocol):
@@ -70,7 +73,7 @@ class SilentProgress:
 
 
 def build(
-    paths: Sequence[str | os.PathLike[str]] | Iterable[Source],
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Source],
     out: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
@@ -86,12 +89,13 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Bring the index at `out` up to date with `paths`: folders, picture files, tables, or ready `Source`s.
+    """Bring the index at `out` up to date with `paths`: folders, picture files, tables, ready `Source`s, or one path.
 
     `model`: see `Encoder.load`; None means the model of the index, for a new index the bundled one.
     `encoder` is used instead when given. `prune` also drops the items of folders that are empty or gone.
     `batch_size`: pictures per pass of the model. `workers`: decoding processes (None: one a core).
-    `force` encodes everything anew when the index was made by another model.
+    `force` goes on with an index of another model (everything is encoded anew) or a damaged one (what is damaged
+    is), and tries skipped files again.
 
     Raises `InputError` (nothing there), `IndexMismatchError`, `IndexLockedError`, `IndexDamagedError`,
     `ResourceError`, and with `strict` a `PartialError` after the rest has been indexed.
@@ -99,22 +103,23 @@ def build(
     started = time.perf_counter()
     told = progress or SilentProgress()
     target = os.fspath(out)
-    given = list(paths)
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     scan = Scan(given, exclude=exclude, include_hidden=include_hidden)
     scan.check(prune=prune)
     if not IndexStore.exists(target):
         _check_not_empty(Scan(given, exclude=exclude, include_hidden=include_hidden))
     name = _model_name(target, model, encoder)
+    limits = limits or DEFAULT_LIMITS
     if encoder is None:
         from mmsearch.encoder import Encoder
 
         encoder = Encoder.load(name, device=device)
-    with _open_store(target, encoder, model=name, force=force, told=told) as store:
-        ingest = Ingest(
-            store, encoder, batch_size=batch_size, workers=workers, limits=limits or DEFAULT_LIMITS, told=told
-        )
+    settings = {"model": name, "limits": asdict(limits)}
+    store, retry = _open_store(target, encoder, settings=settings, force=force, told=told)
+    with store:
+        ingest = Ingest(store, encoder, batch_size=batch_size, workers=workers, limits=limits, told=told)
         try:
-            _bring_up_to_date(store, scan, ingest, prune=prune, told=told)
+            _bring_up_to_date(store, scan, ingest, prune=prune, retry=retry, told=told)
         finally:
             # Also on Ctrl-C and on errors: what is encoded is kept, the next run goes on from here.
             ingest.close()
@@ -143,56 +148,92 @@ class Scan:
         self, given: Sequence[str | os.PathLike[str] | Source], *, exclude: Sequence[str], include_hidden: bool
     ) -> None:
         self._ready = [entry for entry in given if isinstance(entry, Source)]
-        self._paths = [os.path.abspath(os.fspath(p)) for p in given if not isinstance(p, Source)]
+        paths = [os.path.abspath(os.fspath(p)) for p in given if not isinstance(p, Source)]
         self._exclude, self._include_hidden = tuple(exclude), include_hidden
-        self.folders = [p for p in self._paths if os.path.isdir(p)]
-        self.absent = [p for p in self._paths if not os.path.lexists(p)]
-        self.skipped = [Skipped(p, SkipReason.VANISHED, "no such path") for p in self.absent]
+        self.absent = {p for p in paths if not os.path.lexists(p)}
+        self._present = [p for p in paths if p not in self.absent]
+        self._named = paths
+        self.folders = [p for p in self._present if os.path.isdir(p)]
+        self.skipped = [Skipped(p, SkipReason.VANISHED, "no such path") for p in sorted(self.absent)]
         self.tables: set[str] = set()
         self._full: set[str] = set()
 
     def check(self, *, prune: bool) -> None:
         """Raise `InputError` when there is nothing to look at; some absent paths among others are only skipped."""
-        if not self._ready and not self._paths:
+        if not self._ready and not self._named:
             raise InputError("index", expected="a folder, a picture, or a table", got="nothing")
-        if self._paths and len(self.absent) == len(self._paths) and not prune:
+        if self._named and not self._present and not self._ready and not prune:
             raise InputError(
                 self.names(), expected="a folder, a picture, or a table", got="no such path",
                 do="What is indexed of it stays; --prune drops it.",
             )  # fmt: skip
 
     def names(self) -> str:
-        """What the user named, for messages."""
-        return ", ".join(self._paths) or "the sources"
+        """What the user named, for messages; the first few of many."""
+        shown = ", ".join(self._named[:3])
+        return (shown + f" and {len(self._named) - 3} more" * (len(self._named) > 3)) or "the sources"
 
     def sources(self) -> Iterator[Source]:
-        """Everything found, pictures under their absolute path; streams."""
-        present = [p for p in self._paths if p not in self.absent]
+        """Everything found, pictures under their absolute path; streams.
+
+        Tables come first: a picture that a table names is that row's item, not another one of its folder.
+        """
         for source in self._ready:
             self.tables.add(source.root)
             yield _stamped(source)
-        if present:
-            for source in read_collection(
-                present, exclude=self._exclude, include_hidden=self._include_hidden, on_skip=self.skipped.append
-            ):
-                yield self._filed(source)
-
-    def _filed(self, source: Source) -> Source:
-        if source.path is None or os.path.isfile(source.root):
+        tables = [p for p in self._present if p not in self.folders and is_table(p)]
+        tabled: set[int] = set()
+        for source in self._read(tables):
             self.tables.add(source.root)
-            return source
-        for folder in self.folders:
-            if is_below(source.path, folder):
-                self._full.add(folder)
-        return replace(source, root=FILES, name=source.path)
+            if source.path is not None and self.folders:
+                tabled.add(hash(source.path))
+            yield source
+        for source in self._read([p for p in self._present if p not in tables]):
+            path = str(source.path)
+            if source.root not in self._full:
+                self._full.update(folder for folder in self.folders if is_below(path, folder))
+            if hash(path) not in tabled:
+                yield replace(source, root=FILES, name=path)
+
+    def _read(self, paths: list[str]) -> Iterator[Source]:
+        if not paths:
+            return iter(())
+        return read_collection(
+            paths, exclude=self._exclude, include_hidden=self._include_hidden, on_skip=self.skipped.append
+        )
 
     def emptied(self) -> list[str]:
-        """Folders that were named and hold nothing any more (call after the scan)."""
-        return [f for f in self.folders if f not in self._full] + self.absent
+        """Folders and tables that were named and hold nothing any more (call after the scan)."""
+        tables = (p for p in self._present if p not in self.folders and p not in self.tables and is_table(p))
+        return [*(f for f in self.folders if f not in self._full), *tables, *sorted(self.absent)]
 
-    def unreadable(self) -> list[str]:
-        """Folders that could not be listed: what lies below them is not known to be gone."""
-        return [s.path for s in self.skipped if os.path.isdir(s.path)]
+    def gone(self, *, prune: bool) -> Callable[[str | None, str], bool]:
+        """Whether an item of (path, root) that the scan did not find is to be dropped (call after the scan).
+
+        Kept, unless `prune`: what lies in a folder or table that is empty or absent, and rows whose picture
+        could not be found. Kept in any case: what lies below something that could not be read.
+        """
+        emptied = self.emptied()
+        unreadable = [s.path for s in self.skipped if s.reason is SkipReason.UNREADABLE]
+        lost = {s.path for s in self.skipped if s.reason is SkipReason.VANISHED}
+        roots = self.tables | (set(emptied) if prune else set())
+        folders = [*self.folders, *(self.absent if prune else ())]
+
+        def is_gone(path: str | None, root: str) -> bool:
+            if path is not None and any(is_below(path, u) for u in unreadable):
+                return False
+            if not prune and path is not None and (path in lost or any(is_below(path, e) for e in emptied)):
+                return False
+            if root != FILES:
+                return root in roots
+            return path is not None and any(is_below(path, folder) for folder in folders)
+
+        return is_gone
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies in it (by name; both absolute)."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _stamped(source: Source) -> Source:
@@ -205,11 +246,6 @@ def _stamped(source: Source) -> Source:
         return source  # reading it will say why
 
 
-def is_below(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies in it (by name; both absolute)."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
 def _check_not_empty(scan: Scan) -> None:
     """An index is not made for nothing: a folder without pictures is a wrong path more often than a plan."""
     if next(scan.sources(), None) is None:
@@ -220,47 +256,45 @@ def _check_not_empty(scan: Scan) -> None:
 def _model_name(target: str, model: str | os.PathLike[str] | None, encoder: Encodes | None) -> str | None:
     """What `Encoder.load` is to be given, now and by whoever opens the index later; None is the bundled model."""
     if encoder is not None:
-        return encoder.identity.name
+        return encoder.source
     if model is None:
-        if not IndexStore.exists(target):
-            return None
-        with IndexStore.open(target) as store:
-            kept = store.settings.get("model")
-            return None if kept is None else str(kept)
+        kept = IndexStore.stored_settings(target).get("model") if IndexStore.exists(target) else None
+        return None if kept is None else str(kept)
     name = os.fspath(model)
     return os.path.abspath(os.path.expanduser(name)) if is_directory(model) else name
 
 
-def _open_store(target: str, encoder: Encodes, *, model: str | None, force: bool, told: Progress) -> IndexStore:
-    identity, settings = encoder.identity, {"model": model}
+def _open_store(
+    target: str, encoder: Encodes, *, settings: dict[str, Any], force: bool, told: Progress
+) -> tuple[IndexStore, Collection[SkipReason]]:
+    """The store, opened for writing, and which remembered skips are to be tried again."""
+    identity = encoder.identity
     if not IndexStore.exists(target):
-        return IndexStore.create(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
-    if not force:
-        return IndexStore.open(target, write=True, model=identity)
-    store = IndexStore.open(target, write=True, repair=True)
-    if store.model.same_space(identity):
-        return store
-    store.close()
-    told.note(f"{target}: made by {store.model.name}; encoding everything anew with {identity.name}")
-    return IndexStore.replace(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
+        made = IndexStore.create(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
+        return made, ()
+    store = IndexStore.open(target, write=True, repair=force, model=None if force else identity)
+    if not store.model.same_space(identity):
+        store.close()
+        told.note(f"{target}: made by {store.model.name}; encoding everything anew with {identity.name}")
+        anew = IndexStore.replace(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
+        return anew, ()
+    if store.repaired:
+        told.note(f"{target}: {store.repaired} damaged items were dropped and are encoded again")
+    limits_changed = store.settings.get("limits") != settings["limits"]
+    store.note_settings(settings)
+    return store, tuple(SkipReason) if force else OF_LIMITS if limits_changed else ()
 
 
-def _bring_up_to_date(store: IndexStore, scan: Scan, ingest: Ingest, *, prune: bool, told: Progress) -> None:
+def _bring_up_to_date(
+    store: IndexStore, scan: Scan, ingest: Ingest, *, prune: bool, retry: Collection[SkipReason], told: Progress
+) -> None:
     told.start(None)
     store.begin_scan()
     told.start(store.seen(scan.sources()))
-    emptied, unreadable = scan.emptied(), scan.unreadable()
-    folders = [f for f in (*scan.folders, *scan.absent) if prune or f not in emptied]
-
-    def is_gone(path: str | None, root: str) -> bool:
-        if root in scan.tables:
-            return True
-        if path is None:
-            return False
-        return any(is_below(path, f) for f in folders) and not any(is_below(path, u) for u in unreadable)
-
-    kept = ingest.run(store.changes(scanned_roots=[FILES, *scan.tables]), is_gone)
-    held = sum(any(is_below(k, f) for f in emptied) for k in kept)
+    emptied = scan.emptied()
+    roots = [FILES, *scan.tables, *(e for e in emptied if e not in scan.folders)]
+    kept = ingest.run(store.changes(scanned_roots=roots, retry=retry), scan.gone(prune=prune))
+    held = sum(root in emptied or (path is not None and any(is_below(path, e) for e in emptied)) for path, root in kept)
     if held and not prune:
         where = ", ".join(emptied)
         ingest.notes.append(

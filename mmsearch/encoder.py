@@ -26,7 +26,7 @@ from mmsearch.backends.base import Backend
 from mmsearch.backends.choice import Backends, Choice
 from mmsearch.errors import ModelError, ResourceError, UsageError
 from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
-from mmsearch.towers.locate import BUNDLED, locate
+from mmsearch.towers.locate import BUNDLED, is_directory, locate
 from mmsearch.types import Embeddings, ModelIdentity, Pixels, Preprocessing
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Encodes(Protocol):
     identity: ModelIdentity
     preprocessing: Preprocessing
     max_tokens: int
+    source: str | None
 
     @property
     def dim(self) -> int:
@@ -67,7 +68,8 @@ class Encodes(Protocol):
 class Encoder:
     """A loaded model. Thread-safe. Make one with `Encoder.load`.
 
-    `identity` says which vectors its rows can be compared with; `max_tokens` is where texts are cut.
+    `identity` says which vectors its rows can be compared with; `max_tokens` is where texts are cut;
+    `source` is what `load` was given, a directory as absolute path (None: the bundled model).
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Encoder:
         text_backend: Callable[[], Backend],
         image_backend: Callable[[], Backend],
     ) -> None:
+        self.source: str | None = None
         self.identity, self.preprocessing = identity, preprocessing
         self.max_tokens = tokeniser.max_tokens
         self._tokeniser = tokeniser
@@ -105,8 +108,12 @@ class Encoder:
         choice = Choice(device=device, precision=precision, backend=backend, threads=threads)
         directory, name = locate(model)
         if is_checkpoint(directory):
-            return _load_checkpoint(cls, Checkpoint.open(directory), choice)
-        return _load_pretrained(cls, directory, choice, name=name)
+            encoder = _load_checkpoint(cls, Checkpoint.open(directory), choice)
+        else:
+            encoder = _load_pretrained(cls, directory, choice, name=name)
+        if model is not None:
+            encoder.source = str(directory.resolve()) if is_directory(model) else str(model)
+        return encoder
 
     @property
     def dim(self) -> int:

@@ -8,7 +8,7 @@ Decisions:
 - A failed picture never shifts its neighbours: every request carries a key, and what comes back is
   looked up by that key.
 - A commit follows after `COMMIT_ROWS` pictures or `COMMIT_SECONDS`, whichever is first: a kill costs at most that.
-- Texts of a batch are encoded together at the commit, in one call.
+- Texts of a batch are encoded together at the commit, a few dozen items a call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 from mmsearch.data.images import Limits
 from mmsearch.data.loading import Failed, Loaded, Loader, file_digest
+from mmsearch.errors import ImageError
 from mmsearch.store.base import Batch, Change, ChangeKind, ItemState, Known, Move, Skip, Touch, Upsert
 from mmsearch.types import BuildReport, Skipped, SkipReason, Source, Stamp
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 512
 COMMIT_SECONDS = 5.0
+TEXTS_AT_ONCE = 64
+"""Items whose captions are encoded in one call."""
 
 NOT_REMEMBERED = frozenset({SkipReason.VANISHED, SkipReason.CHANGING, SkipReason.OUT_OF_MEMORY})
 """Skips that say nothing about the file itself: it is tried again next time."""
@@ -64,7 +67,6 @@ class Pending:
     """Work collected since the last commit."""
 
     batch: Batch = field(default_factory=Batch)
-    texts: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # position in batch.upserts -> captions
     items: int = 0
     since: float = field(default_factory=time.monotonic)
 
@@ -103,8 +105,10 @@ class Ingest:
             encoded_images=c.encoded_images, encoded_texts=c.encoded_texts,
         )  # fmt: skip
 
-    def run(self, changes: Iterator[Change], is_gone: Callable[[str | None, str], bool]) -> list[str]:
-        """Carry out all changes. Returns the paths of items that are not there and are kept (`is_gone` said no)."""
+    def run(
+        self, changes: Iterator[Change], is_gone: Callable[[str | None, str], bool]
+    ) -> list[tuple[str | None, str]]:
+        """Carry out all changes. Returns (path, root) of items that are not there and are kept (`is_gone` said no)."""
         try:
             for result in self._loader.load(self._requests(changes)):
                 self._take(result)
@@ -174,27 +178,24 @@ class Ingest:
         digest, stamp = _digest(source)
         if digest is None or stamp is None:
             return False
-        same = [k for k in self._store.find_content(digest) if k.state is ItemState.OK and k.has_image]
-        moved = [k for k in same if k.item not in self._moved and not self._still_there(k)]
+        moved = [k for k in self._store.find_moved(digest) if k.item not in self._moved and not _still_there(k)]
         if moved:
             known = moved[0]
             self._moved.add(known.item)
             self._pending.batch.moves.append(Move(known.item, source, stamp))
-            if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)):
+            if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)) or _own_id(source):
                 self._upsert(
                     source, known=known, counted=False,
                     upsert=Upsert(source, stamp=stamp, content_hash=digest, keep_image=True),
                 )  # fmt: skip
             self.counts.moved += 1
             return True
-        if same:
-            copy = Upsert(source, stamp=stamp, content_hash=digest, image_from=same[0].item)
+        original = self._store.find_copy(digest)
+        if original is not None:
+            copy = Upsert(source, stamp=stamp, content_hash=digest, image_from=original.item)
             self._upsert(source, known=None, upsert=copy)
             return True
         return False
-
-    def _still_there(self, known: Known) -> bool:
-        return self._store.was_seen(known) or (known.path is not None and os.path.lexists(known.path))
 
     # Decoded pictures -> vectors -> commit
 
@@ -218,7 +219,8 @@ class Ingest:
         loaded, self._loaded = self._loaded, []
         if not loaded:
             return
-        vectors, ok = self._encoder.encode_pixels(np.stack([one.pixels for one in loaded]))
+        pixels = np.stack([one.pixels for one in loaded])
+        vectors, ok = self._encoder.encode_pixels(pixels, batch_size=self._batch_size)
         for one, vector, good in zip(loaded, vectors, ok, strict=True):
             change, source = self._waiting.pop(one.key), None
             source = change.source
@@ -237,11 +239,8 @@ class Ingest:
             self._pending.batch.skips.append(Skip(source, skipped, stamp or source.stamp, content_hash))
 
     def _upsert(self, source: Source, *, known: Known | None, upsert: Upsert, counted: bool = True) -> None:
-        if known is not None and known.captions == source.captions and not _text_only_change(known, upsert):
-            upsert = replace(upsert, keep_text=True)
-        elif source.captions:
-            self._pending.texts.append((len(self._pending.batch.upserts), source.captions))
-        self._pending.batch.upserts.append(replace(upsert, id=_own_id(source)))
+        keeps_text = known is not None and known.state is ItemState.OK and known.captions == source.captions
+        self._pending.batch.upserts.append(replace(upsert, id=_own_id(source), keep_text=keeps_text))
         if counted and known is not None and known.state is ItemState.OK:
             self.counts.changed += 1
         elif counted:
@@ -254,23 +253,30 @@ class Ingest:
             self._commit()
 
     def _commit(self) -> None:
-        pending, self._pending = self._pending, Pending()
+        pending = self._pending
         if not len(pending.batch):
             return
-        texts = [text for _, captions in pending.texts for text in captions]
-        if texts:
-            vectors, start = self._encoder.encode_texts(texts), 0
-            for position, captions in pending.texts:
-                rows = vectors[start : start + len(captions)]
-                pending.batch.upserts[position] = replace(pending.batch.upserts[position], text_vectors=rows)
-                start += len(captions)
-            self.counts.encoded_texts += len(texts)
+        # What lacks its texts is told by the upserts themselves: a Ctrl-C in here leaves the rest to the commit
+        # that follows it, and nothing that was encoded is lost.
+        upserts = pending.batch.upserts
+        lacking = [i for i, one in enumerate(upserts) if one.source.captions and not one.keep_text]
+        lacking = [i for i in lacking if upserts[i].text_vectors is None]
+        for first in range(0, len(lacking), TEXTS_AT_ONCE):
+            part = lacking[first : first + TEXTS_AT_ONCE]
+            vectors = self._encoder.encode_texts([text for i in part for text in upserts[i].source.captions])
+            start = 0
+            for i in part:
+                stop = start + len(upserts[i].source.captions)
+                upserts[i] = replace(upserts[i], text_vectors=vectors[start:stop])
+                start = stop
+            self.counts.encoded_texts += len(vectors)
         self._store.commit(pending.batch)
+        self._pending = Pending()
 
     # What is gone
 
-    def _remove_gone(self, is_gone: Callable[[str | None, str], bool]) -> list[str]:
-        kept: list[str] = []
+    def _remove_gone(self, is_gone: Callable[[str | None, str], bool]) -> list[tuple[str | None, str]]:
+        kept: list[tuple[str | None, str]] = []
         removals: list[int] = []
         for change in self._gone:
             known = change.known
@@ -278,8 +284,8 @@ class Ingest:
                 continue
             if is_gone(known.path, known.root):
                 removals.append(known.item)
-            elif known.path is not None:
-                kept.append(known.path)
+            else:
+                kept.append((known.path, known.root))
         for start in range(0, len(removals), 10_000):
             self._store.commit(Batch(removals=removals[start : start + 10_000]))
         self.counts.removed += len(removals)
@@ -294,22 +300,22 @@ def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:
     )  # fmt: skip
 
 
+def _still_there(known: Known) -> bool:
+    """Not seen by this scan, yet on disk: it lies somewhere else than what is being scanned."""
+    return known.path is not None and os.path.lexists(known.path)
+
+
 def _own_id(source: Source) -> str | None:
     """The id that a table or side-car brought; results carry it instead of one of ours."""
     own = source.metadata.get("id")
     return own if isinstance(own, str) and own else None
 
 
-def _text_only_change(known: Known, upsert: Upsert) -> bool:
-    """Rows of a remembered skip hold no texts yet, so its captions must be encoded."""
-    return known.state is not ItemState.OK
-
-
 def _digest(source: Source) -> tuple[bytes | None, Stamp | None]:
     """Content hash and stamp of the file, or nothing when it cannot be read just now (the loader will say why)."""
     try:
         return file_digest(str(source.path))
-    except OSError:
+    except (OSError, ImageError):
         return None, None
 
 

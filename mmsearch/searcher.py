@@ -13,6 +13,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -100,9 +101,15 @@ class Searcher:
             self._store.close()
 
     def refresh(self) -> int:
-        """Look at the newest generation from now on; returns its number."""
+        """Look at the newest generation from now on; returns its number.
+
+        Raises `IndexMismatchError` when the index was rebuilt for another model meanwhile: open it again.
+        """
         with self._lock:
             fresh = self._store.snapshot()
+            if not fresh.model.same_space(self._store.model):
+                fresh.close()
+                _check_same_space(fresh.model, self._store.model, where=self._store.path)
             if fresh.generation == self._view.snapshot.generation:
                 fresh.close()
             else:
@@ -295,7 +302,10 @@ def _check_same_space(of_index: ModelIdentity, of_encoder: ModelIdentity, *, whe
 def find_index(home: str | os.PathLike[str]) -> Path:
     """The most recently updated index directory right below `home`. Raises `IndexNotFoundError` when there is none."""
     folder = Path(home)
-    found = [d for d in folder.iterdir() if (d / "manifest.json").is_file()] if folder.is_dir() else []
+    try:
+        found = [d for d in folder.iterdir() if os.path.isfile(d / "manifest.json")]
+    except OSError:
+        found = []  # not there, or not ours to look into: either way there is none to be had
     if not found:
         raise IndexNotFoundError(
             f"{folder}", expected="an index directory in it", got="none", do="Build one: mmsearch index ./photos"
@@ -304,5 +314,8 @@ def find_index(home: str | os.PathLike[str]) -> Path:
 
 
 def _updated(directory: Path) -> float:
-    files = (directory / name for name in ("manifest.json", "items.sqlite"))
-    return max(file.stat().st_mtime for file in files if file.exists())
+    times = [0.0]
+    for name in ("manifest.json", "items.sqlite"):
+        with contextlib.suppress(OSError):  # it may go while we look
+            times.append((directory / name).stat().st_mtime)
+    return max(times)

@@ -64,6 +64,7 @@ class ColorEncoder:
     def __init__(self, *, size: int = 16, name: str = "colors") -> None:
         self.preprocessing = Preprocessing(size=size)
         self.max_tokens = 16
+        self.source: str | None = name
         weights = "0" * 32 if name == "colors" else name.encode().hex()
         self.identity = ModelIdentity(name, weights, self.preprocessing.digest(), len(COLORS))
 

@@ -178,7 +178,6 @@ class BuildReport:
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    interrupted: bool = False
 
     @property
     def images_per_s(self) -> float:

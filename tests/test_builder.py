@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from mmsearch.builder import build
+from mmsearch.data.images import Limits
 from mmsearch.errors import IndexLockedError, IndexMismatchError, InputError, PartialError
 from mmsearch.searcher import Searcher
 from mmsearch.store import IndexStore
 from mmsearch.testing import ColorEncoder
-from mmsearch.types import BuildReport, Modality, SkipReason, Source
+from mmsearch.types import BuildReport, Modality, Skipped, SkipReason, Source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
@@ -353,3 +354,142 @@ def test_nothing_to_index_is_an_error_that_says_so(tmp_path):
     with pytest.raises(InputError, match="at least one picture"):
         run(tmp_path / "empty", tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+# What a review found: each of these once went wrong
+
+
+def test_two_empty_files_are_two_skips(photos, tmp_path):
+    """A file that cannot be hashed is left to the loader, which says why; nothing stops."""
+    for name in ("e1.jpg", "e2.jpg", "e3.jpg"):
+        (photos / name).write_bytes(b"")
+        report, _ = run(photos, tmp_path / "index")
+    assert len(report.skipped) == 3 and len(contents(tmp_path / "index")) == 4
+
+
+def test_a_vanished_root_inside_another_root_is_kept(tmp_path):
+    """A stick mounted below the photo folder, named too: emptied, its items stay until --prune."""
+    paint(tmp_path / "a" / "x.png", (255, 0, 0))
+    stick = paint(tmp_path / "a" / "usb" / "y.png", (0, 255, 0))
+    roots = [tmp_path / "a", tmp_path / "a" / "usb"]
+    run(roots, tmp_path / "index")
+    stick.unlink()
+    report, _ = run(roots, tmp_path / "index")
+    assert report.removed == 0 and "--prune" in " ".join(report.notes)
+    assert run(roots, tmp_path / "index", prune=True)[0].removed == 1
+
+
+def test_a_folder_that_cannot_be_read_loses_nothing(photos, tmp_path):
+    """Rights taken away below a scanned folder: its items are not known to be gone."""
+    paint(photos / "sub" / "white.png", (255, 255, 255))
+    run(photos, tmp_path / "index")
+    from mmsearch.builder import Scan
+
+    scan = Scan([str(photos)], exclude=(), include_hidden=False)
+    list(scan.sources())
+    scan.skipped.append(Skipped(str(photos / "sub"), SkipReason.UNREADABLE, "permission denied"))
+    gone = scan.gone(prune=False)
+    assert not gone(str(photos / "sub" / "white.png"), "") and gone(str(photos / "red.png"), "")
+
+
+def test_a_table_that_lost_its_rows_or_pictures_keeps_its_items(photos, tmp_path):
+    """An emptied table, a deleted one, and rows whose pictures are on a disk that is away: kept until --prune."""
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\nphotos/red.png,a red thing\n,only text\n")
+    run([table], tmp_path / "index")
+    (photos / "red.png").rename(tmp_path / "elsewhere.png")
+    assert run([table], tmp_path / "index")[0].removed == 0
+    table.write_text("image,caption\n")
+    assert run([table], tmp_path / "index")[0].removed == 0
+    table.unlink()
+    other = paint(tmp_path / "other" / "blue.png", (0, 0, 255)).parent
+    report, _ = run([table, other], tmp_path / "index")
+    assert report.removed == 0 and "--prune" in " ".join(report.notes)
+    assert run([table, other], tmp_path / "index", prune=True)[0].removed == 2
+
+
+def test_other_limits_try_again_what_the_old_ones_refused(photos, tmp_path):
+    """Skipped as too large under a small limit, indexed under the usual one."""
+    paint(photos / "wide.png", (255, 255, 255), size=(200, 100))
+    os.utime(photos / "wide.png", (1e9, 1e9))
+    report, _ = run(photos, tmp_path / "index", limits=Limits(max_pixels=1000))
+    assert [s.reason for s in report.skipped] == [SkipReason.TOO_LARGE]
+    report, encoder = run(photos, tmp_path / "index")
+    assert (report.skipped, report.added, encoder.images) == ((), 1, 1)
+
+
+def test_a_rename_is_followed_after_a_caption_came(photos, tmp_path):
+    """A new caption leaves what is known of the picture: size and hash, so that moves are still seen."""
+    run(photos, tmp_path / "index")
+    (photos / "red.txt").write_text("a warm colour")
+    run(photos, tmp_path / "index")
+    (photos / "red.png").rename(photos / "rouge.png")
+    (photos / "red.txt").rename(photos / "rouge.txt")
+    report, encoder = run(photos, tmp_path / "index")
+    assert (report.moved, report.added, report.removed, encoder.images) == (1, 0, 0, 0)
+    with Searcher.open(tmp_path / "index", encoder=ColorEncoder()) as searcher:
+        assert searcher.search_text("red", k=1)[0].item.width == 24
+
+
+def test_a_table_may_correct_its_ids(photos, tmp_path):
+    """Ids that a table swaps are swapped in the index."""
+    table = tmp_path / "t.csv"
+    table.write_text("id,image\n1,photos/red.png\n2,photos/blue.png\n")
+    run([table], tmp_path / "index")
+    table.write_text("id,image\n2,photos/red.png\n1,photos/blue.png\n")
+    run([table], tmp_path / "index")
+    with Searcher.open(tmp_path / "index", encoder=ColorEncoder()) as searcher:
+        assert (searcher.search_text("red", k=1)[0].item.id, searcher.search_text("blue", k=1)[0].item.id) == ("2", "1")
+
+
+def test_one_path_is_one_path(photos, tmp_path):
+    """A lone string is not a list of its letters."""
+    assert build(str(photos), tmp_path / "index", encoder=ColorEncoder(), workers=1).added == 4
+
+
+class StopsInTexts(ColorEncoder):
+    """Ctrl-C while captions are encoded."""
+
+    def encode_texts(self, texts, **options):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_captions_are_encoded_doubles_and_loses_nothing(photos, tmp_path):
+    """Whatever was committed is whole; the next run ends as a calm one."""
+    for name in COLOURS:
+        (photos / f"{name}.txt").write_text(f"a {name} one")
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "index", encoder=StopsInTexts())
+    run(photos, tmp_path / "index")
+    assert len(contents(tmp_path / "index")) == 4
+    with Searcher.open(tmp_path / "index", encoder=ColorEncoder()) as searcher:
+        assert len(searcher.search_text("red", k=9, to="text")) == 4
+
+
+def test_a_big_batch_reaches_the_model(photos, tmp_path):
+    """--batch-size is the size of a pass, not only of a list."""
+    seen = []
+
+    class Noting(ColorEncoder):
+        def encode_pixels(self, pixels, *, batch_size=32):
+            seen.append(batch_size)
+            return super().encode_pixels(pixels, batch_size=batch_size)
+
+    run(photos, tmp_path / "index", encoder=Noting(), batch_size=128)
+    assert seen == [128]
+
+
+def test_a_table_and_its_folder_name_each_picture_once(photos, tmp_path):
+    """`index photos photos.csv`: rows bring captions, the folder brings the rest, nothing comes twice."""
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\nphotos/red.png,a warm colour\n")
+    run(photos, tmp_path / "index")
+    report, encoder = run([photos, table], tmp_path / "index")
+    assert (len(contents(tmp_path / "index")), encoder.images, report.moved) == (4, 0, 1)
+
+
+def test_one_file_that_is_no_table_does_not_stop_a_list(photos, tmp_path):
+    """`find -type f | mmsearch index -` meets all kinds of JSON."""
+    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
+    report, _ = run([photos / "red.png", tmp_path / "settings.json"], tmp_path / "index")
+    assert (report.added, [s.reason for s in report.skipped]) == (1, [SkipReason.BAD_ROW])

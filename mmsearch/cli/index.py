@@ -14,7 +14,7 @@ import typer
 from mmsearch.cli import options
 from mmsearch.cli.places import default_index
 from mmsearch.cli.progress import Bar
-from mmsearch.cli.terminal import INTERRUPTED, as_json, emit, guarded, plural, say
+from mmsearch.cli.terminal import as_json, emit, guarded, plural, say
 from mmsearch.errors import InputError, PartialError, UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def index(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when anything was skipped.")] = False,
     device: options.OnDevice = options.Device.AUTO,
     force: Annotated[
-        bool, typer.Option("--force", help="Encode everything again, also with another model than before.")
+        bool, typer.Option("--force", help="Go on with an index of another model, or a damaged one; retry skips.")
     ] = False,
     null: Annotated[bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, not newline.")] = False,
     json: options.Json = False,
@@ -61,6 +61,8 @@ def index(
     """Index pictures; run it again to bring the index up to date."""
     named = _with_stdin(paths or (["-"] if null else []), null=null)
     target = Path(out) if out else default_index(named)
+    if report:
+        _write(report, "")  # before the work, not after it, is the time to say that it cannot be written
     with Bar("indexing") as bar:
         done: BuildReport = ctx.obj.build(
             named,
@@ -82,9 +84,6 @@ def index(
         _write(report, as_json(report_json(done), indent=2) + "\n")
     if json:
         emit(as_json(report_json(done)))
-    if done.interrupted:
-        say(f"mmsearch: {RESUME}")
-        raise typer.Exit(INTERRUPTED)
     if strict and done.skipped:
         raise PartialError(
             "--strict",
@@ -107,7 +106,6 @@ def report_json(report: BuildReport) -> dict[str, Any]:
         "encoded_texts": report.encoded_texts,
         "seconds": round(report.seconds, 3),
         "images_per_s": round(report.images_per_s, 2),
-        "interrupted": report.interrupted,
         "notes": list(report.notes),
         "skipped": [{"path": s.path, "reason": str(s.reason), "detail": s.detail} for s in report.skipped],
     }

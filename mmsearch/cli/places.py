@@ -13,6 +13,8 @@ from pathlib import Path
 from mmsearch.cli.library import Library
 from mmsearch.cli.terminal import say
 
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json")
+
 
 def home() -> Path:
     """The folder that holds indexes."""
@@ -20,10 +22,17 @@ def home() -> Path:
 
 
 def default_index(paths: Sequence[str]) -> Path:
-    """Where an index of `paths` goes when nobody said: `indexes/photos` for `./photos` or `photos.csv`."""
+    """Where an index of `paths` goes when nobody said: `indexes/photos` for `./photos` or `photos.csv`.
+
+    Pictures that are named one by one go by the folder that holds them all, whichever comes first.
+    """
     first = Path(os.path.abspath(paths[0]))  # not resolve(): a link keeps the name the user gave
-    name = first.name if first.is_dir() or not first.suffix else first.stem
-    return home() / (name or "all")
+    if first.is_dir() or not first.suffix:
+        return home() / (first.name or "all")
+    if first.suffix.lower() in TABLES:
+        return home() / first.stem
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return home() / (os.path.basename(folder) or "all")
 
 
 def chosen_index(named: str | None, library: Library) -> Path:

@@ -46,6 +46,11 @@ def read_collection(
     return _stream(absolute, Walk(rules, on_skip, folders), on_skip, format)
 
 
+def is_table(path: str) -> bool:
+    """Whether a file that was named itself is read as a table of pictures and texts."""
+    return not os.path.isdir(path) and formats.sniff(path) is not None and not _is_sidecar(path)
+
+
 def _stream(paths: Sequence[str], walk: Walk, on_skip: OnSkip, format: str | None) -> Iterator[Source]:
     named: set[str] = set()
     for path in paths:
@@ -56,8 +61,13 @@ def _stream(paths: Sequence[str], walk: Walk, on_skip: OnSkip, format: str | Non
             yield from walk.folder(path)
         elif table := format or formats.sniff(path):
             if format or not _is_sidecar(path):
-                records, finder = formats.open_table(path, format=table, on_skip=on_skip)
-                yield from sources(path, records, finder=finder, on_skip=on_skip)
+                try:
+                    records, finder = formats.open_table(path, format=table, on_skip=on_skip)
+                    yield from sources(path, records, finder=finder, on_skip=on_skip)
+                except InputError as error:
+                    if len(paths) == 1:
+                        raise
+                    on_skip(Skipped(path, SkipReason.BAD_ROW, f"no table: {error.got}"))
         elif (source := _picture(path, walk, on_skip)) is not None:
             yield source
 

@@ -153,11 +153,3 @@ def test_file_names_cannot_forge_lines(mmsearch):
     skipped = (Skipped("a\nmmsearch: error: \x1b[2J\u202e.jpg", SkipReason.EMPTY),)
     ended = mmsearch("index", "p", library=FakeLibrary(report=report(skipped=skipped)))
     assert "      a\\nmmsearch: error: \\x1b[2J\\u202e.jpg" in ended.err_lines
-
-
-def test_an_interrupted_report_ends_with_130(mmsearch):
-    """A builder that stops in an orderly way on Ctrl-C still is an interrupted command."""
-    ended = mmsearch("index", "p", library=FakeLibrary(report=report(added=3, interrupted=True)))
-    assert ended.code == 130
-    assert "3 added" in ended.err
-    assert "Run the same command again" in ended.err_lines[-1]
