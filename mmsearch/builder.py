@@ -154,6 +154,7 @@ class Scan:
         self._present = [p for p in paths if p not in self.absent]
         self._named = paths
         self.folders = [p for p in self._present if os.path.isdir(p)]
+        self._is_folder = frozenset(self.folders)
         self.skipped = [Skipped(p, SkipReason.VANISHED, "no such path") for p in sorted(self.absent)]
         self.tables: set[str] = set()
         self._full: set[str] = set()
@@ -181,19 +182,32 @@ class Scan:
         for source in self._ready:
             self.tables.add(source.root)
             yield _stamped(source)
-        tables = [p for p in self._present if p not in self.folders and is_table(p)]
+        tables = [p for p in self._present if p not in self._is_folder and is_table(p)]
         tabled: set[int] = set()
-        for source in self._read(tables):
+        looked_at: set[str] = set()
+        for source in self._read_tables(tables):
             self.tables.add(source.root)
             if source.path is not None and self.folders:
                 tabled.add(hash(source.path))
             yield source
-        for source in self._read([p for p in self._present if p not in tables]):
+        read = set(tables)
+        for source in self._read([p for p in self._present if p not in read]):
             path = str(source.path)
-            if source.root not in self._full:
-                self._full.update(folder for folder in self.folders if is_below(path, folder))
+            if (parent := os.path.dirname(path)) not in looked_at:
+                looked_at.add(parent)
+                self._full.update(folder for folder in self.folders if is_below(parent, folder))
             if hash(path) not in tabled:
                 yield replace(source, root=FILES, name=path)
+
+    def _read_tables(self, tables: list[str]) -> Iterator[Source]:
+        """Rows of all tables; among other paths, a file that turns out to be no table costs itself only."""
+        for table in tables:
+            try:
+                yield from self._read([table])
+            except InputError as error:
+                if len(self._named) == 1:
+                    raise
+                self.skipped.append(Skipped(table, SkipReason.BAD_ROW, f"no table: {error.got}"))
 
     def _read(self, paths: list[str]) -> Iterator[Source]:
         if not paths:
@@ -204,7 +218,8 @@ class Scan:
 
     def emptied(self) -> list[str]:
         """Folders and tables that were named and hold nothing any more (call after the scan)."""
-        tables = (p for p in self._present if p not in self.folders and p not in self.tables and is_table(p))
+        known = self._is_folder | self.tables | {s.path for s in self.skipped}
+        tables = (p for p in self._present if p not in known and is_table(p))
         return [*(f for f in self.folders if f not in self._full), *tables, *sorted(self.absent)]
 
     def gone(self, *, prune: bool) -> Callable[[str | None, str], bool]:

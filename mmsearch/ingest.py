@@ -89,6 +89,7 @@ class Ingest:
         self._loader = Loader(preprocessing=encoder.preprocessing, workers=workers, limits=limits)
         self._waiting: dict[int, Change] = {}
         self._moved: set[int] = set()
+        self._taken: dict[bytes, int] = {}  # content hash -> the last item that moved, perhaps not committed yet
         self._next_key = 0
         self._pending = Pending()
         self._gone: Iterator[Change] = iter(())
@@ -178,10 +179,11 @@ class Ingest:
         digest, stamp = _digest(source)
         if digest is None or stamp is None:
             return False
-        moved = [k for k in self._store.find_moved(digest) if k.item not in self._moved and not _still_there(k)]
-        if moved:
-            known = moved[0]
+        candidates = self._store.find_moved(digest, after=self._taken.get(digest, 0))
+        known = next((k for k in candidates if k.item not in self._moved and _left(k, source)), None)
+        if known is not None:
             self._moved.add(known.item)
+            self._taken[digest] = known.item
             self._pending.batch.moves.append(Move(known.item, source, stamp))
             if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)) or _own_id(source):
                 self._upsert(
@@ -300,9 +302,12 @@ def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:
     )  # fmt: skip
 
 
-def _still_there(known: Known) -> bool:
-    """Not seen by this scan, yet on disk: it lies somewhere else than what is being scanned."""
-    return known.path is not None and os.path.lexists(known.path)
+def _left(known: Known, source: Source) -> bool:
+    """Whether an item that the scan did not see is what `source` now is: its file is gone, or is that very file.
+
+    A file that is not gone lies somewhere else than what is being scanned, and stays an item of its own.
+    """
+    return known.path is None or known.path == source.path or not os.path.lexists(known.path)
 
 
 def _own_id(source: Source) -> str | None:

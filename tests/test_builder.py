@@ -379,6 +379,18 @@ def test_a_vanished_root_inside_another_root_is_kept(tmp_path):
     assert run(roots, tmp_path / "index", prune=True)[0].removed == 1
 
 
+def test_a_root_inside_another_root_that_is_not_empty_loses_what_is_deleted(tmp_path):
+    """Both named, both with files: a deletion in the inner one is a deletion."""
+    paint(tmp_path / "a" / "x.png", (255, 0, 0))
+    paint(tmp_path / "a" / "usb" / "y.png", (0, 255, 0))
+    gone = paint(tmp_path / "a" / "usb" / "z.png", (0, 0, 255))
+    roots = [tmp_path / "a", tmp_path / "a" / "usb"]
+    run(roots, tmp_path / "index")
+    gone.unlink()
+    report, _ = run(roots, tmp_path / "index")
+    assert (report.removed, report.notes) == (1, ())
+
+
 def test_a_folder_that_cannot_be_read_loses_nothing(photos, tmp_path):
     """Rights taken away below a scanned folder: its items are not known to be gone."""
     paint(photos / "sub" / "white.png", (255, 255, 255))

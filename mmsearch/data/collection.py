@@ -61,13 +61,8 @@ def _stream(paths: Sequence[str], walk: Walk, on_skip: OnSkip, format: str | Non
             yield from walk.folder(path)
         elif table := format or formats.sniff(path):
             if format or not _is_sidecar(path):
-                try:
-                    records, finder = formats.open_table(path, format=table, on_skip=on_skip)
-                    yield from sources(path, records, finder=finder, on_skip=on_skip)
-                except InputError as error:
-                    if len(paths) == 1:
-                        raise
-                    on_skip(Skipped(path, SkipReason.BAD_ROW, f"no table: {error.got}"))
+                records, finder = formats.open_table(path, format=table, on_skip=on_skip)
+                yield from sources(path, records, finder=finder, on_skip=on_skip)
         elif (source := _picture(path, walk, on_skip)) is not None:
             yield source
 

@@ -3,14 +3,15 @@
 Decisions:
 - All vectors are checked and read (copies included) before anything is written.
 - Replaced rows are not overwritten; they go into `dead`, and compaction leaves them out one day.
-- Moves pass through temporary names, so that files that swapped names can move in one batch.
+- Moves pass through temporary names, so that files that swapped names can move in one batch; ids that
+  a table swapped do likewise. Ids are given last, when it is known which ones are kept.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmsearch.store.sqlite import encode_path, encode_stamp, encode_texts, plain
 from mmsearch.types import Embeddings, Rows, Source, Stamp
 
 _IN_A_QUERY = 500
+_COPIED = ("width", "height", "taken_at", "note")
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class RowPlan:
     texts: Embeddings
     image_of: list[int] = field(default_factory=list)
     text_of: list[tuple[int, int]] = field(default_factory=list)
+    copied: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Item that is copied from -> the columns a copy takes over."""
 
 
 def plan_rows(
@@ -43,8 +47,8 @@ def plan_rows(
 ) -> RowPlan:
     """Check the vectors of a batch and line them up. Raises `UsageError` for one that is not a unit row."""
     plan = RowPlan(np.empty((0, dim), np.float32), np.empty((0, dim), np.float32))
-    copied = {u.image_from for u in upserts if u.image_from is not None}
-    image_rows = _image_rows(connection, sorted(copied))
+    pictures = _pictures(connection, sorted({u.image_from for u in upserts if u.image_from is not None}))
+    plan.copied = {item: facts for item, (_, facts) in pictures.items()}
     images, texts = [], []
     for position, upsert in enumerate(upserts):
         where = upsert.source.path or upsert.source.name
@@ -53,9 +57,9 @@ def plan_rows(
             images.append(check_embeddings(np.asarray(upsert.image_vector)[None], dim=dim, where=where))
             plan.image_of.append(position)
         elif upsert.image_from is not None:
-            if upsert.image_from not in image_rows:
+            if upsert.image_from not in pictures:
                 raise UsageError(where, expected="an item with a picture to copy from", got=str(upsert.image_from))
-            images.append(gather(np.array([image_rows[upsert.image_from]], np.int64)))
+            images.append(gather(np.array([pictures[upsert.image_from][0]], np.int64)))
             plan.image_of.append(position)
         if upsert.text_vectors is not None and len(upsert.text_vectors):
             texts.append(check_embeddings(upsert.text_vectors, dim=dim, where=where))
@@ -84,15 +88,31 @@ def _parts(upsert: Upsert, where: str) -> Sequence[int]:
     return parts
 
 
-def _image_rows(connection: sqlite3.Connection, items: Sequence[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
+def _pictures(connection: sqlite3.Connection, items: Sequence[int]) -> dict[int, tuple[int, Mapping[str, Any]]]:
+    """Item -> row of its picture, and what is known of that."""
+    found: dict[int, tuple[int, Mapping[str, Any]]] = {}
     for start in range(0, len(items), _IN_A_QUERY):
         some = items[start : start + _IN_A_QUERY]
         marks = ",".join("?" * len(some))
-        found.update(
-            connection.execute(f"SELECT item, image FROM items WHERE image IS NOT NULL AND item IN ({marks})", some)
-        )
+        query = f"SELECT item, image, {', '.join(_COPIED)} FROM items WHERE image IS NOT NULL AND item IN ({marks})"
+        for item, row, *facts in connection.execute(query, some):
+            found[item] = row, dict(zip(_COPIED, facts, strict=True))
     return found
+
+
+def _picture_facts(upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Columns to set; what is not given stays (`keep_image`: not set) or is the other item's (`image_from`)."""
+    columns = {
+        "hash": upsert.content_hash,
+        "width": upsert.width,
+        "height": upsert.height,
+        "taken_at": None if upsert.taken_at is None else plain(upsert.taken_at),
+        "note": plain(upsert.note),
+    }
+    given = {name: value for name, value in columns.items() if value not in (None, "")}
+    if upsert.keep_image:
+        return given
+    return {**columns, **(copied[upsert.image_from] if upsert.image_from is not None else {}), **given}
 
 
 class Applier:
@@ -106,7 +126,8 @@ class Applier:
         for item in batch.removals:
             self._remove(item)
         self._move(batch.moves)
-        numbers = [self._upsert(upsert) for upsert in batch.upserts]
+        numbers = [self._upsert(upsert, plan.copied) for upsert in batch.upserts]
+        self._give_ids({n: plain(u.id) for n, u in zip(numbers, batch.upserts, strict=True) if u.id})
         rows = [(first_row + i, numbers[position], None) for i, position in enumerate(plan.image_of)]
         self._db.executemany("UPDATE items SET image = ? WHERE item = ?", [(row, item) for row, item, _ in rows])
         first_text = first_row + len(rows)
@@ -147,18 +168,15 @@ class Applier:
                 (*key, encode_path(move.source.path), *stamp, self._read_ns, move.item),
             )
 
-    def _upsert(self, upsert: Upsert) -> int:
+    def _upsert(self, upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> int:
         values = {
-            **self._facts(upsert.source, upsert.stamp or upsert.source.stamp, upsert.content_hash),
+            **self._facts(upsert.source, upsert.stamp or upsert.source.stamp),
             "state": ItemState.OK.value,
             "reason": None,
             "detail": "",
-            "width": upsert.width,
-            "height": upsert.height,
-            "taken_at": None if upsert.taken_at is None else plain(upsert.taken_at),
-            "note": plain(upsert.note),
+            **_picture_facts(upsert, copied),
         }
-        item, had_image = self._put(upsert.source, values, wanted_id=upsert.id)
+        item, had_image = self._put(upsert.source, values)
         if upsert.keep_image and not had_image:
             raise UsageError(upsert.source.path or upsert.source.name, expected="a stored picture to keep", got="none")
         self._bury(item, pictures=not upsert.keep_image, texts=not upsert.keep_text)
@@ -166,7 +184,8 @@ class Applier:
 
     def _skip(self, skip: Skip) -> None:
         values = {
-            **self._facts(skip.source, skip.stamp or skip.source.stamp, skip.content_hash),
+            **self._facts(skip.source, skip.stamp or skip.source.stamp),
+            "hash": skip.content_hash,
             "state": ItemState.SKIPPED.value,
             "reason": skip.skipped.reason.value,
             "detail": plain(skip.skipped.detail),
@@ -175,10 +194,10 @@ class Applier:
             "taken_at": None,
             "note": "",
         }
-        item, _ = self._put(skip.source, values, wanted_id=None)
+        item, _ = self._put(skip.source, values)
         self._bury(item, pictures=True, texts=True)
 
-    def _facts(self, source: Source, stamp: Stamp | None, content_hash: bytes | None) -> dict[str, Any]:
+    def _facts(self, source: Source, stamp: Stamp | None) -> dict[str, Any]:
         size, mtime, ctime = encode_stamp(stamp)
         captions, metadata = encode_texts(source.captions, source.metadata)
         return {
@@ -187,12 +206,11 @@ class Applier:
             "mtime_ns": mtime,
             "ctime_ns": ctime,
             "read_ns": self._read_ns,
-            "hash": content_hash,
             "captions": captions,
             "metadata": metadata,
         }
 
-    def _put(self, source: Source, values: dict[str, Any], *, wanted_id: str | None) -> tuple[int, bool]:
+    def _put(self, source: Source, values: dict[str, Any]) -> tuple[int, bool]:
         """Insert or update the item of that (root, name): its number, and whether it had a picture."""
         key = (os.fsencode(source.root), os.fsencode(source.name))
         there = self._db.execute("SELECT item, image FROM items WHERE root = ? AND name = ?", key).fetchone()
@@ -200,20 +218,41 @@ class Applier:
             sets = ", ".join(f"{name} = ?" for name in values)
             self._db.execute(f"UPDATE items SET {sets} WHERE item = ?", (*values.values(), there[0]))
             return there[0], there[1] is not None
-        everything = {"id": self._new_id(key, wanted_id), "root": key[0], "name": key[1], **values}
+        everything = {"id": self._new_id(key), "root": key[0], "name": key[1], **values}
         marks = ", ".join("?" * len(everything))
         cursor = self._db.execute(
             f"INSERT INTO items ({', '.join(everything)}) VALUES ({marks})", tuple(everything.values())
         )
         return int(cursor.lastrowid or 0), False
 
-    def _new_id(self, key: tuple[bytes, bytes], wanted: str | None) -> str:
-        candidate = plain(wanted) if wanted else item_id(*key)
-        counter = 0
-        while self._db.execute("SELECT 1 FROM items WHERE id = ?", (candidate,)).fetchone():
+    def _new_id(self, key: tuple[bytes, bytes]) -> str:
+        candidate, counter = item_id(*key), 0
+        while self._holder(candidate) is not None:
             counter += 1
             candidate = item_id(*key, counter=counter)
         return candidate
+
+    def _holder(self, public_id: str) -> int | None:
+        found = self._db.execute("SELECT item FROM items WHERE id = ?", (public_id,)).fetchone()
+        return None if found is None else int(found[0])
+
+    def _give_ids(self, asked: Mapping[int, str]) -> None:
+        """Give items the ids they ask for, except those that an item keeps; `asked`: item -> id."""
+        has: dict[int, str] = {}
+        wanted: dict[str, int] = {}
+        for item, new in asked.items():
+            (has[item],) = self._db.execute("SELECT id FROM items WHERE item = ?", (item,)).fetchone()
+            if has[item] != new:
+                wanted.setdefault(new, item)
+        changing = set(wanted.values())
+        kept = [new for new in wanted if (holder := self._holder(new)) is not None and holder not in changing]
+        while kept:  # who does not get the one keeps the other, which somebody else may be waiting for
+            loser = wanted.pop(kept.pop())
+            if has[loser] in wanted:
+                kept.append(has[loser])
+        aside = [(b"\0naming\0%d" % item, item) for item in wanted.values() if has[item] in wanted]
+        for pairs in (aside, list(wanted.items())):
+            self._db.executemany("UPDATE items SET id = ? WHERE item = ?", pairs)
 
     def _touch(self, touched: Sequence[Touch]) -> None:
         self._db.executemany(

@@ -10,7 +10,7 @@ Decisions:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, Self
@@ -96,9 +96,12 @@ class Upsert:
 
     Picture: exactly one of `image_vector` (d,), `image_from` (number of an item whose stored row is
     copied) and `keep_image` (the row it has stays), or none of them for an item without a picture.
+    Facts that are not given (None, "") stay with `keep_image` (hash, width, height, taken_at, note), and
+    are those of the other item with `image_from` (all but the hash).
     Texts: `text_vectors` (m, d), row i made of `source.captions[text_parts[i]]` (`text_parts` None:
     captions in order, m of them), or `keep_text`.
-    `id`: the id a table brought; used when no other item has it. `note`: shown by `info` ("first of 12 frames").
+    `id`: the id a table brought; the item gets it unless another one has it when the batch is done (of two
+    that ask for one id, the first). None: it keeps the id it has. `note`: shown by `info` ("first of 12 frames").
     """
 
     source: Source
@@ -119,7 +122,7 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Remember that `source` cannot be indexed; it is not tried again until its stamp changes."""
+    """Remember that `source` cannot be indexed; not tried again until its stamp changes (or `changes` is told to)."""
 
     source: Source
     skipped: Skipped
@@ -220,6 +223,11 @@ class Snapshot(Protocol):
     dim: int
     row_count: int
 
+    @property
+    def model(self) -> ModelIdentity:
+        """The model whose rows this generation holds."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *details: object) -> None: ...
@@ -311,11 +319,14 @@ class Store(Protocol):
         """Note what a reader found, streaming; returns how many were new to this scan."""
         ...
 
-    def changes(self, *, scanned_roots: Sequence[str], keep_below: Sequence[str] = ()) -> Iterator[Change]:
+    def changes(
+        self, *, scanned_roots: Sequence[str], keep_below: Sequence[str] = (), retry: Collection[SkipReason] = ()
+    ) -> Iterator[Change]:
         """What differs, in order of (root, name), then what is gone.
 
         Only items of `scanned_roots` can be GONE, and of those none whose path is at or below one of
-        `keep_below` (folders that could not be read). Batches may be committed while iterating.
+        `keep_below` (folders that could not be read). Skips remembered for a reason in `retry` (whose cause
+        is gone: other limits) are CHANGED. Batches may be committed while iterating.
         """
         ...
 
@@ -328,7 +339,22 @@ class Store(Protocol):
         ...
 
     def find_content(self, content_hash: bytes) -> list[Known]:
-        """Items made of a file with this hash: candidates for a move or a copy."""
+        """Items made of a file with this hash, skipped ones included."""
+        ...
+
+    def find_moved(self, content_hash: bytes, *, after: int = 0) -> list[Known]:
+        """Items with a picture of this hash that the scan (all `seen`) did not find: candidates for a move.
+
+        At most 16, by item number, above `after`: the last one taken for this hash, perhaps not committed yet.
+        """
+        ...
+
+    def find_copy(self, content_hash: bytes) -> Known | None:
+        """Any one item with a picture of this hash."""
+        ...
+
+    def note_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the stored settings in one durable step; nothing happens when they are the same."""
         ...
 
     def commit(self, batch: Batch) -> None:

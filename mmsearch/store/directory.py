@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, StoreError, UsageError
 from mmsearch.store import check, creation, upkeep
+from mmsearch.store import settings as settings_of
 from mmsearch.store.base import Batch, Change, DerivedWriter, ItemState, Known, Problem
 from mmsearch.store.disk import REBUILD, Disk, os_guard, sqlite_guard
 from mmsearch.store.lock import WriterLock
@@ -34,7 +35,7 @@ from mmsearch.store.sqlite import (
     read_meta,
 )
 from mmsearch.store.writer import Writer
-from mmsearch.types import NO_METADATA, ModelIdentity, Preprocessing, Source
+from mmsearch.types import NO_METADATA, ModelIdentity, Preprocessing, SkipReason, Source
 
 
 class IndexStore:
@@ -55,6 +56,16 @@ class IndexStore:
     def exists(cls, path: str) -> bool:
         """Whether there is an index at `path` (also a damaged one). A creation that was killed is none."""
         return creation.exists(path)
+
+    @classmethod
+    def stored_settings(cls, path: str) -> Mapping[str, Any]:
+        """The settings of the index at `path`, whatever became of its rows and its manifest.
+
+        Raises `IndexNotFoundError`, `IndexDamagedError` when items.sqlite cannot be read, `IndexMismatchError`.
+        """
+        path = os.path.abspath(path)
+        with os_guard(path):
+            return settings_of.stored_settings(path)
 
     @classmethod
     def create(
@@ -117,11 +128,9 @@ class IndexStore:
     @classmethod
     def _open(cls, path: str, *, write: bool, repair: bool, model: ModelIdentity | None, disk: Disk) -> Self:
         if not cls.exists(path):
-            raise IndexNotFoundError(
-                path, expected="an index", got="none", do="Make one with 'mmsearch index PATH...', or name another."
-            )
+            raise settings_of.no_index(path)
         if not os.path.exists(os.path.join(path, ITEMS_NAME)):
-            raise IndexDamagedError(os.path.join(path, ITEMS_NAME), expected="a file", got="none", do=REBUILD)
+            raise settings_of.no_items(path)
         _bring_up_to_date(path, disk, write=write)
         store = cls._open_writer(path, disk, repair=repair) if write else cls._open_reader(path)
         if model is not None and not store.model.same_space(model):
@@ -227,10 +236,12 @@ class IndexStore:
         """Note what a reader found, streaming; returns how many were new to this scan."""
         return self._writing().current_scan().seen(sources)
 
-    def changes(self, *, scanned_roots: Sequence[str], keep_below: Sequence[str] = ()) -> Iterator[Change]:
+    def changes(
+        self, *, scanned_roots: Sequence[str], keep_below: Sequence[str] = (), retry: Collection[SkipReason] = ()
+    ) -> Iterator[Change]:
         """What differs, in order of (root, name), then what is gone; see `base.Store.changes`."""
         scan = self._writing().current_scan()
-        yield from scan.changes()
+        yield from scan.changes(retry)
         yield from scan.gone(scanned_roots, keep_below)
 
     def was_seen(self, known: Known) -> bool:
@@ -246,10 +257,20 @@ class IndexStore:
         found = self._query(f"SELECT {KNOWN_COLUMNS} FROM items AS i WHERE i.hash = ? ORDER BY i.item", content_hash)
         return [known_of(row, self._writing().items_path) for row in found]
 
+    def find_moved(self, content_hash: bytes, *, after: int = 0) -> list[Known]:
+        """At most 16 items with a picture of this hash that the scan did not find; see `base.Store.find_moved`."""
+        return self._writing().current_scan().find_moved(content_hash, after=after)
+
+    def find_copy(self, content_hash: bytes) -> Known | None:
+        """Any one item with a picture of this hash."""
+        return self._find("i.hash = ? AND i.image >= 0 AND i.state = ?", content_hash, ItemState.OK.value)
+
     def find(self, root: str, name: str) -> Known | None:
         """The item of that (root, name)."""
-        query = f"SELECT {KNOWN_COLUMNS} FROM items AS i WHERE i.root = ? AND i.name = ?"
-        found = self._query(query, os.fsencode(root), os.fsencode(name))
+        return self._find("i.root = ? AND i.name = ?", os.fsencode(root), os.fsencode(name))
+
+    def _find(self, where: str, *values: object) -> Known | None:
+        found = self._query(f"SELECT {KNOWN_COLUMNS} FROM items AS i WHERE {where} LIMIT 1", *values)
         return known_of(found[0], self._writing().items_path) if found else None
 
     def _query(self, query: str, *values: object) -> list[tuple[Any, ...]]:
@@ -260,6 +281,11 @@ class IndexStore:
     def commit(self, batch: Batch) -> None:
         """Make the batch durable: rows appended and synced, then one SQLite transaction. All or nothing."""
         self._writing().commit(batch)
+
+    def note_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the stored settings in one durable step; nothing happens when they are the same."""
+        settings_of.note_settings(self._writing(), settings)
+        self.settings = _json(self._facts()["settings"])
 
     def update_derived(self, writer: DerivedWriter) -> None:
         """Bring derived files up to date with the committed rows, and write the manifest."""

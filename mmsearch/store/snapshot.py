@@ -35,7 +35,7 @@ from mmsearch.store.sqlite import (
     read_meta,
 )
 from mmsearch.store.vectors import VectorFile
-from mmsearch.types import Embeddings, Modality, Rows
+from mmsearch.types import Embeddings, Modality, ModelIdentity, Rows
 
 _TRIES = 5
 _PAGE = 1000
@@ -91,6 +91,14 @@ class DirectorySnapshot:
                 raise ValueError("numbers or names that cannot be")
         except (KeyError, ValueError, TypeError) as error:
             raise IndexDamagedError(self._items, got=f"facts that cannot be ({error!r})", do=REBUILD) from error
+
+    @property
+    def model(self) -> ModelIdentity:
+        """The model whose rows this generation holds."""
+        try:
+            return ModelIdentity(**self.fact("model"))
+        except TypeError as error:
+            raise IndexDamagedError(self._items, got=f"no readable model ({error!r})", do=REBUILD) from error
 
     @property
     def vectors_path(self) -> str:

@@ -29,7 +29,7 @@ from mmsearch.types import NO_METADATA, Item, Modality, SkipReason, Stamp
 ITEMS_NAME = "items.sqlite"
 APPLICATION_ID = 0x6D6D7331  # "mms1"
 BUSY_MS = 10_000
-_INT64 = (1 << 63) - 1
+INT64_MAX = (1 << 63) - 1
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -50,7 +50,7 @@ CREATE TABLE items (
   metadata TEXT NOT NULL DEFAULT '{}',
   UNIQUE (root, name)
 );
-CREATE INDEX items_hash ON items (hash) WHERE hash IS NOT NULL;
+CREATE INDEX items_hash ON items (hash, image) WHERE hash IS NOT NULL;
 CREATE INDEX items_size ON items (size) WHERE size IS NOT NULL;
 CREATE TABLE rows (row INTEGER PRIMARY KEY, item INTEGER NOT NULL, part INTEGER);
 CREATE INDEX rows_item ON rows (item);
@@ -192,7 +192,7 @@ def encode_stamp(stamp: Stamp | None) -> tuple[int | None, int | None, int | Non
     if stamp is None:
         return None, None, None
     size, mtime, ctime = stamp.size, stamp.mtime_ns, stamp.ctime_ns
-    return min(size, _INT64), max(-_INT64, min(mtime, _INT64)), max(-_INT64, min(ctime, _INT64))
+    return min(size, INT64_MAX), max(-INT64_MAX, min(mtime, INT64_MAX)), max(-INT64_MAX, min(ctime, INT64_MAX))
 
 
 def decode_captions(text: str) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ from mmsearch.store.scan import Scan
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import BUSY_MS, ITEMS_NAME, read_meta, write_meta, writer_connection
 from mmsearch.store.vectors import BYTES_PER_NUMBER, VectorFile, digest, encode, split
-from mmsearch.types import Embeddings, ModelIdentity, Rows
+from mmsearch.types import Embeddings, Rows
 
 _PATIENCE_MS = 50
 """How long a reader with an old generation may hold up folding the log in; the next `finish` tries again."""
@@ -181,7 +181,7 @@ class Writer:
         recorded = snapshot.execute("SELECT xxh3 FROM blocks ORDER BY first")
         return Manifest(
             generation=snapshot.generation,
-            model=ModelIdentity(**snapshot.fact("model")),
+            model=snapshot.model,
             preprocessing=preprocessing_of(snapshot.fact("preprocessing")),
             settings=snapshot.fact("settings"),
             created_at=str(snapshot.meta["created_at"]),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from store_kit import LONG_AGO, create, numbers, skip, source, stamp, unit, upsert
 
 from mmsearch.errors import UsageError
-from mmsearch.store import Batch, ChangeKind, Touch, Upsert
+from mmsearch.store import Batch, ChangeKind, Move, Touch, Upsert
 from mmsearch.types import SkipReason, Source
 
 ROOT = "/photos"
@@ -105,6 +106,23 @@ def test_a_skipped_file_is_not_tried_again_until_it_changes(store):
     assert scan(store, source("bad", captions=["x"]))["bad"] is ChangeKind.CHANGED
 
 
+PASSING = {SkipReason.VANISHED, SkipReason.CHANGING, SkipReason.OUT_OF_MEMORY, SkipReason.UNREADABLE}
+
+
+@pytest.mark.parametrize("retry", [(), {SkipReason.TOO_LARGE}, [SkipReason.TIMEOUT, SkipReason.BAD_ROW], SkipReason])
+def test_skips_are_tried_again_when_their_reason_may_be_gone(store, retry):
+    """Always when it passes by itself (rights, an I/O error), else when the build's settings say so."""
+    store.commit(Batch(skips=[skip(reason.name, reason) for reason in SkipReason], upserts=[upsert("fine", 1)]))
+    store.begin_scan()
+    store.seen([source(reason.name) for reason in SkipReason] + [source("fine")])
+    found = {c.source.name: c.kind for c in store.changes(scanned_roots=[ROOT], retry=retry)}
+    again = {name for name, kind in found.items() if kind is ChangeKind.CHANGED}
+    assert again == {reason.name for reason in PASSING | set(retry)}
+    assert {found[name] for name in found.keys() - again} == {ChangeKind.UNCHANGED}
+    gone = list(store.changes(scanned_roots=[ROOT], retry=retry))
+    assert len(gone) == len(SkipReason) + 1
+
+
 def test_only_items_of_scanned_roots_are_gone(store):
     """An unmounted disk, or a folder that could not be read, loses nothing."""
     names = ["x/a", "x/b", "xy/c", "z"]
@@ -129,8 +147,6 @@ def test_batches_may_be_committed_while_changes_are_read(store):
     for change in store.changes(scanned_roots=[ROOT]):
         told.append((change.kind, (change.source or change.known).name))
         if change.kind is ChangeKind.NEW and len(told) <= 300:
-            from mmsearch.store import Move
-
             moved = n[f"old{2000 + len(told) - 1:04}"]
             store.commit(Batch(moves=[Move(moved, change.source)]))
     assert len(told) == len(set(told)) == 1500 + 2000 + 200
@@ -139,7 +155,7 @@ def test_batches_may_be_committed_while_changes_are_read(store):
 
 
 def test_what_was_seen_and_what_content_is_known_can_be_asked(store):
-    """For moves and copies without encoding."""
+    """One by one, or whether there is any at all."""
     store.commit(Batch(upserts=[upsert("a", 1, at=stamp(777)), upsert("b", 1), upsert("c", 2)]))
     store.begin_scan()
     store.seen([source("a")])
@@ -151,6 +167,86 @@ def test_what_was_seen_and_what_content_is_known_can_be_asked(store):
     assert not store.known_size(778)
     assert store.find(ROOT, "c").content_hash == (2).to_bytes(16, "little")
     assert store.find(ROOT, "d") is None
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def test_a_moved_item_is_looked_for_among_those_that_were_not_found(store):
+    """With a picture, of that content; not those found, skipped, text only, or moved since."""
+    text = Upsert(source("text", captions=["t"]), content_hash=digest(1), text_vectors=unit(5)[None])
+    bad = replace(skip("bad"), content_hash=digest(1))
+    store.commit(Batch(upserts=[upsert(n, 1) for n in "abcd"] + [upsert("e", 2), text], skips=[bad]))
+    store.begin_scan()
+    store.seen([source("a"), source("new1"), source("new2")])
+    assert [known.name for known in store.find_moved(digest(1))] == ["b", "c", "d"]
+    assert [known.name for known in store.find_moved(digest(2))] == ["e"]
+    assert store.find_moved(digest(3)) == []
+    n = numbers(store)
+    assert [known.name for known in store.find_moved(digest(1), after=n["b"])] == ["c", "d"]
+    store.commit(Batch(moves=[Move(n["b"], source("new1"))], removals=[n["c"]], upserts=[upsert("new2", 1)]))
+    assert [known.name for known in store.find_moved(digest(1))] == ["d"]
+    store.commit(Batch(upserts=[upsert("d", 7)]))
+    assert store.find_moved(digest(1)) == []
+    store.begin_scan()
+    assert [known.name for known in store.find_moved(digest(1))] == ["a", "new1", "new2"]
+
+
+def test_any_number_of_moved_duplicates_is_found_sixteen_at_a_time(store):
+    """Going on after the last one taken, although nothing of it is committed yet."""
+    store.commit(Batch(upserts=[upsert(f"old{i:02}", 1) for i in range(40)]))
+    store.begin_scan()
+    store.seen([source("old03")])
+    found, after = [], 0
+    while some := store.find_moved(digest(1), after=after):
+        assert len(some) <= 16
+        found += [known.name for known in some]
+        after = some[-1].item
+    assert found == [f"old{i:02}" for i in range(40) if i != 3]
+    assert [known.name for known in store.find_moved(digest(1))] == found[:16]
+
+
+def test_a_copy_is_made_of_any_item_with_a_picture(store):
+    """Found or not; not of a skipped one, nor of texts."""
+    text = Upsert(source("text", captions=["t"]), content_hash=digest(2), text_vectors=unit(5)[None])
+    store.commit(Batch(upserts=[upsert("a", 1), text], skips=[replace(skip("bad"), content_hash=digest(3))]))
+    assert store.find_copy(digest(1)).name == "a"
+    assert [store.find_copy(digest(number)) for number in (2, 3, 4)] == [None, None, None]
+    store.commit(Batch(skips=[skip("a")]))
+    assert store.find_copy(digest(1)) is None
+
+
+def steps(store, work) -> int:
+    """How many hundreds of SQLite's steps `work` takes."""
+    counted = []
+    store._writing().db.set_progress_handler(lambda: counted.append(1), 100)
+    work()
+    store._writing().db.set_progress_handler(None, 100)
+    return len(counted)
+
+
+@pytest.mark.parametrize("kind", ["found", "moved", "skipped"])
+def test_a_look_for_content_costs_the_same_however_many_duplicates_there_are(store, kind):
+    """Found ones, ones that moved meanwhile, skipped ones: counted in SQLite's own steps."""
+    names = [f"n{i:04}" for i in range(3000)]
+    if kind == "skipped":
+        store.commit(Batch(skips=[replace(skip(name), content_hash=digest(1)) for name in names]))
+    else:
+        store.commit(Batch(upserts=[upsert(name, 1) for name in names]))
+    store.begin_scan()
+    store.seen(source(f"m{name}" if kind == "moved" else name) for name in names)
+    first = steps(store, lambda: store.find_moved(digest(1)))
+    assert first > 100 or kind == "skipped"
+    if kind == "moved":
+        n = numbers(store)
+        store.commit(Batch(moves=[Move(n[name], source(f"m{name}")) for name in names[:2000]]))
+        assert store.find_moved(digest(1))[0].item == n[names[2000]]
+    assert steps(store, lambda: store.find_moved(digest(1))) < 20
+    assert steps(store, lambda: store.find_moved(digest(1), after=1500)) < 20
+    assert steps(store, lambda: store.find_copy(digest(1))) < 5
+    assert steps(store, lambda: store.known_size(100)) < 5
+    assert steps(store, lambda: store.known_size(101)) < 5
 
 
 def test_metadata_that_is_no_number_does_not_change_by_itself(store):
