@@ -101,3 +101,25 @@ def test_a_cold_query_imports_no_torch(tmp_path):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
         assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
     assert done.stdout.strip() == photos[0]
+
+
+def test_force_mends_what_damage_took(tmp_path):
+    """One flipped byte: verify names it (exit 4), `index --force` follows the advice, and all is well again."""
+    photos = [str(photo("chelsea.png")), str(photo("coffee.png"))]
+    out = tmp_path / "index"
+
+    def mmsearch(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mmsearch", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert mmsearch("index", *photos, "--out", str(out)).returncode == 0
+    content = bytearray((out / "vectors.f16").read_bytes())
+    content[10] ^= 0xFF
+    (out / "vectors.f16").write_bytes(content)
+    assert mmsearch("verify", "--index", str(out)).returncode == 4
+    refused = mmsearch("query", "a cat", "--index", str(out))
+    assert (refused.returncode, refused.stderr.count("\n")) == (4, 1) and "--force" in refused.stderr
+    assert mmsearch("index", *photos, "--out", str(out), "--force").returncode == 0
+    assert mmsearch("verify", "--index", str(out)).returncode == 0
+    found = mmsearch("query", "a cat", "--index", str(out), "-f", "-k", "1")
+    assert found.stdout.strip() == photos[0]

@@ -204,3 +204,17 @@ def test_find_index_takes_the_most_recently_updated(index, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(IndexNotFoundError, match="mmsearch index"):
         find_index(tmp_path / "bare")
+
+
+def test_refresh_refuses_an_index_that_was_rebuilt_for_another_model(searcher, index):
+    """The old encoder must not ask the new vectors."""
+    build([index.parent / "photos"], index, encoder=ColorEncoder(name="other"), workers=1, force=True)
+    with pytest.raises(IndexMismatchError, match="other"):
+        searcher.refresh()
+
+
+def test_a_home_that_cannot_be_listed_holds_no_index(tmp_path):
+    """One line, not a traceback."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IndexNotFoundError):
+        find_index(tmp_path / "file")

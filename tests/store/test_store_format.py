@@ -60,6 +60,17 @@ def test_the_golden_index_opens_and_answers(golden):
         np.testing.assert_allclose(row, make_golden.row(number), atol=1e-3)
 
 
+def test_the_golden_index_can_be_brought_up_to_date(golden):
+    """Its indexes of that time are enough to find moves and copies by content."""
+    with IndexStore.open(golden, write=True) as store:
+        red = store.find_copy(store.find("/golden", "red.png").content_hash)
+        store.begin_scan()
+        assert [known.name for known in store.find_moved(red.content_hash)] == ["red.png"]
+        store.note_settings({"model": "golden", "new": True})
+        store.finish()
+        assert store.verify() == []
+
+
 def test_the_golden_index_is_what_its_script_makes(golden, quick_path):
     """So that the next format's can be made the same way."""
     make_golden.make(quick_path / "fresh")

@@ -235,9 +235,10 @@ def test_a_look_for_content_costs_the_same_however_many_duplicates_there_are(sto
     else:
         store.commit(Batch(upserts=[upsert(name, 1) for name in names]))
     store.begin_scan()
-    store.seen(source(f"m{name}" if kind == "moved" else name) for name in names)
+    if kind != "skipped":
+        store.seen(source(f"m{name}" if kind == "moved" else name) for name in names)
     first = steps(store, lambda: store.find_moved(digest(1)))
-    assert first > 100 or kind == "skipped"
+    assert (first < 20) if kind == "skipped" else (first > 100)
     if kind == "moved":
         n = numbers(store)
         store.commit(Batch(moves=[Move(n[name], source(f"m{name}")) for name in names[:2000]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from store_kit import (
     upsert,
 )
 
-from mmsearch.errors import IndexDamagedError, IndexNotFoundError, ResourceError, UsageError
+from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, ResourceError, UsageError
 from mmsearch.store import Batch, IndexStore
 
 SETTINGS = {"model": "bundled", "limits": {"pixels": 10, "seconds": 1.5}}
@@ -130,7 +131,7 @@ def test_the_settings_can_be_read_while_somebody_writes(path):
 
 
 def test_settings_of_no_index_and_of_a_damaged_database_are_told_apart(path, quick_path):
-    """Missing, another program's, cut, not JSON; nothing is made."""
+    """Missing, cut, not JSON, a newer program's, another program's; nothing is made."""
     for empty in (quick_path / "nothing", quick_path):
         with pytest.raises(IndexNotFoundError, match="mmsearch index"):
             IndexStore.stored_settings(str(empty))
@@ -147,6 +148,13 @@ def test_settings_of_no_index_and_of_a_damaged_database_are_told_apart(path, qui
     ):
         items.write_bytes(bad)
         with pytest.raises(IndexDamagedError, match=r"items\.sqlite"):
+            IndexStore.stored_settings(path)
+    items.write_bytes(good)
+    for pragma, error in (("user_version", IndexMismatchError), ("application_id", IndexDamagedError)):
+        db = sqlite3.connect(items)
+        db.execute(f"PRAGMA {pragma} = 99")
+        db.close()
+        with pytest.raises(error, match=r"items\.sqlite"):
             IndexStore.stored_settings(path)
     items.unlink()
     with pytest.raises(IndexDamagedError, match=r"items\.sqlite"):
