@@ -23,7 +23,6 @@ KNOWN = {
     "a cup of coffee": "coffee.png",
     "a rocket": "rocket.jpg",
     "a motorcycle": "motorcycle_left.png",
-    "an astronaut": "astronaut.png",
 }
 
 
