@@ -87,13 +87,13 @@ def wide_places(path: str) -> list[str]:
 
 
 def joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Rows of one name become one: captions in order and once, the first row's other values before later ones."""
+    """Rows of one name become one: all captions in order, the first row's other values before later ones."""
     for _, group in itertools.groupby(_brought_together(records), key=lambda record: record.name):
         first, *others = group
         if not others:
             yield first
             continue
-        captions = unique(tuple(c for record in (first, *others) for c in record.captions))
+        captions = tuple(c for record in (first, *others) for c in record.captions)
         metadata: dict[str, object] = {}
         for record in reversed((first, *others)):
             metadata.update(record.metadata)
@@ -103,7 +103,10 @@ def joined(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: OnSkip) -> Iterator[Source]:
-    """The items of a table (absolute path); rows whose picture cannot be found are reported."""
+    """The items of a table (absolute path), each caption once; rows whose picture cannot be found are reported.
+
+    Pairs for evaluation keep a caption that two people wrote alike: test sets are counted that way.
+    """
     for record in joined(records):
         stated = {"id": record.id, "split": record.split, "group": record.group}
         metadata = {**{k: v for k, v in stated.items() if v is not None}, **record.metadata}
@@ -113,7 +116,7 @@ def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: O
             if found is None:
                 continue
             path, stamp = found
-        yield Source(table, record.name, path, stamp, record.captions, metadata)
+        yield Source(table, record.name, path, stamp, unique(record.captions), metadata)
 
 
 def locate(table: str, record: Record, *, finder: Finder, on_skip: OnSkip) -> tuple[str, Stamp] | None:

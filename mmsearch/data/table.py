@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TypeAlias
 
 from mmsearch.data.records import Record
-from mmsearch.data.texts import OnSkip, captions_in, clean, json_value, parse_json, unique
+from mmsearch.data.texts import OnSkip, captions_in, clean, json_value, parse_json
 from mmsearch.errors import InputError
 from mmsearch.types import Skipped, SkipReason
 
@@ -109,7 +109,7 @@ def record(line: int, row: Row) -> Record:
     image = None if image_at is None else _image(row[image_at][1])
     if image is None and not captions:
         raise ValueError("neither picture nor text")
-    return Record(line, image, unique(captions), stated["id"], stated["split"], stated["group"], metadata)
+    return Record(line, image, captions, stated["id"], stated["split"], stated["group"], metadata)
 
 
 def _image(value: object) -> str | None:
