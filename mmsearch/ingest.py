@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmsearch.store.directory import IndexStore
 
 COMMIT_ROWS = 512
-COMMIT_SECONDS = 5.0
+COMMIT_SECONDS = 1.5
 TEXTS_AT_ONCE = 64
 """Items whose captions are encoded in one call."""
 
