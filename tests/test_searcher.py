@@ -11,8 +11,9 @@ from PIL import Image
 
 from mmsearch.builder import build
 from mmsearch.errors import IndexMismatchError, IndexNotFoundError, UsageError
-from mmsearch.searcher import Searcher, find_index
+from mmsearch.searcher import Searcher, View, find_index
 from mmsearch.similarity import normalise
+from mmsearch.store import IndexStore
 from mmsearch.testing import COLORS, ColorEncoder
 from mmsearch.types import Modality
 
@@ -218,3 +219,18 @@ def test_a_home_that_cannot_be_listed_holds_no_index(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(IndexNotFoundError):
         find_index(tmp_path / "file")
+
+
+def test_a_generation_closes_after_its_last_search(index):
+    """Retired while a search is inside: the search ends well, and only then the files are let go."""
+    query = ColorEncoder().encode_texts(["red"])
+    with IndexStore.open(str(index)) as store:
+        view = View(store.snapshot())
+        view.enter()
+        view.retire()
+        assert len(view.ranked(query, Modality.IMAGE, 3, threshold=None)[0]) == 3
+        view.leave()
+        with pytest.raises(UsageError):
+            view.snapshot.locate([0])
+        with pytest.raises(UsageError, match="closed"):
+            view.enter()
