@@ -131,14 +131,20 @@ def build(
         notes=tuple(ingest.notes),
         seconds=time.perf_counter() - started,
     )
-    if strict and report.skipped:
+    if strict:
+        _check_complete(report)
+    return report
+
+
+def _check_complete(report: BuildReport) -> None:
+    """`PartialError` when something was skipped."""
+    if report.skipped:
         first = report.skipped[0]
         raise PartialError(
             f"{len(report.skipped)} of the files were skipped",
             got=f"{first.path}: {first.reason}",
             do="The rest is indexed; drop --strict to accept this.",
         )
-    return report
 
 
 class Scan:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,11 +100,7 @@ class Ingest:
 
     def report(self, index: Path) -> BuildReport:
         """The totals so far."""
-        c = self.counts
-        return BuildReport(
-            index, added=c.added, changed=c.changed, moved=c.moved, unchanged=c.unchanged, removed=c.removed,
-            encoded_images=c.encoded_images, encoded_texts=c.encoded_texts,
-        )  # fmt: skip
+        return BuildReport(index, **asdict(self.counts))
 
     def run(
         self, changes: Iterator[Change], is_gone: Callable[[str | None, str], bool]
@@ -224,14 +220,13 @@ class Ingest:
         pixels = np.stack([one.pixels for one in loaded])
         vectors, ok = self._encoder.encode_pixels(pixels, batch_size=self._batch_size)
         for one, vector, good in zip(loaded, vectors, ok, strict=True):
-            change, source = self._waiting.pop(one.key), None
-            source = change.source
-            assert source is not None
+            source = self._source(one.key)
+            known = self._waiting.pop(one.key).known
             if not good:
                 skip = Skipped(source.path or source.name, SkipReason.BAD_EMBEDDING, "the model gave no finite vector")
                 self._skip(source, skip, stamp=one.stamp, content_hash=one.content_hash)
                 continue
-            self._upsert(source, known=change.known, upsert=_upsert_of(one, source, vector))
+            self._upsert(source, known=known, upsert=_upsert_of(one, source, vector))
             self.counts.encoded_images += 1
         self._finish_items(len(loaded))
 

@@ -78,6 +78,11 @@ def index(
             force=force,
             progress=bar,
         )
+    _tell(done, report=report, json=json, strict=strict)
+
+
+def _tell(done: BuildReport, *, report: str | None, json: bool, strict: bool) -> None:
+    """The summary, the report file, the JSON object; `PartialError` when `strict` and something was skipped."""
     for line in summary(done):
         say(line)
     if report:
