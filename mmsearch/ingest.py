@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,7 +124,7 @@ class Ingest:
     def _requests(self, changes: Iterator[Change]) -> Iterator[tuple[int, str]]:
         for change in changes:
             if change.source is None:
-                self._gone = _chain_first(change, changes)
+                self._gone = chain([change], changes)
                 return
             if self._settled(change, change.source):
                 self._finish_items(1)
@@ -317,8 +318,3 @@ def _digest(source: Source) -> tuple[bytes | None, Stamp | None]:
         return file_digest(str(source.path))
     except (OSError, ImageError):
         return None, None
-
-
-def _chain_first(first: Change, rest: Iterable[Change]) -> Iterator[Change]:
-    yield first
-    yield from rest
