@@ -13,13 +13,15 @@ Decisions:
 - A file whose size some indexed file had is hashed before it is decoded: moves and copies cost a read,
   not a pass through the model.
 - Ctrl-C commits what is encoded and then goes on its way as KeyboardInterrupt.
+- Fused item vectors are a setting of the index, written down only where they are: all rows that stand for items are
+  made one way, and an index without the setting is what it always was.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,14 +29,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mmsearch.data.collection import is_table, read_collection
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
 from mmsearch.data.reading import stamp_of
-from mmsearch.errors import InputError, PartialError
+from mmsearch.errors import IndexMismatchError, InputError, PartialError, UsageError
 from mmsearch.ingest import Ingest
 from mmsearch.store.directory import IndexStore
+from mmsearch.towers.config import no_item_fusion
 from mmsearch.towers.locate import is_directory
 from mmsearch.types import BuildReport, Skipped, SkipReason, Source
 
 if TYPE_CHECKING:
-    from mmsearch.encoder import Encodes
+    from mmsearch.encoder import Encodes, JoinsItems
+
+ITEM_VECTORS = ("separate", "fused")
+"""What stands for an item with a picture and texts: the picture's row, or one row made of all of it."""
 
 FILES = ""
 """The store's root of everything that is a file of its own (a picture), whatever folder it lies in."""
@@ -81,6 +87,7 @@ def build(
     exclude: Sequence[str] = (),
     include_hidden: bool = False,
     prune: bool = False,
+    item_vectors: str | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     limits: Limits | None = None,
@@ -93,9 +100,12 @@ def build(
 
     `model`: see `Encoder.load`; None means the model of the index, for a new index the bundled one.
     `encoder` is used instead when given. `prune` also drops the items of folders that are empty or gone.
+    `item_vectors`: "separate" or "fused", None means the index's own, for a new index "separate". Fused: each item's
+    picture row is made of its picture and its captions, an item of captions alone gets one of those, and all are
+    searched as one list of pictures; the model must have an item head (else `ModelError`).
     `batch_size`: pictures per pass of the model. `workers`: decoding processes (None: one a core).
-    `force` goes on with an index of another model (everything is encoded anew) or a damaged one (what is damaged
-    is), and tries skipped files again.
+    `force` goes on with an index of another model or other item vectors (everything is encoded anew) or a damaged one
+    (what is damaged is), and tries skipped files again.
 
     Raises `InputError` (nothing there), `IndexMismatchError`, `IndexLockedError`, `IndexDamagedError`,
     `ResourceError`, and with `strict` a `PartialError` after the rest has been indexed.
@@ -108,16 +118,17 @@ def build(
     scan.check(prune=prune)
     if not IndexStore.exists(target):
         _check_not_empty(Scan(given, exclude=exclude, include_hidden=include_hidden))
-    name = _model_name(target, model, encoder)
+    name, kind = _model_name(target, model, encoder), _item_vectors(target, item_vectors)
     limits = limits or DEFAULT_LIMITS
     if encoder is None:
         from mmsearch.encoder import Encoder
 
         encoder = Encoder.load(name, device=device)
-    settings = {"model": name, "limits": asdict(limits)}
+    joins = _joining(encoder) if kind == "fused" else None
+    settings = {"model": name, "limits": asdict(limits), **({} if joins is None else {"item_vectors": kind})}
     store, retry = _open_store(target, encoder, settings=settings, force=force, told=told)
     with store:
-        ingest = Ingest(store, encoder, batch_size=batch_size, workers=workers, limits=limits, told=told)
+        ingest = Ingest(store, encoder, batch_size=batch_size, workers=workers, limits=limits, told=told, joins=joins)
         try:
             _bring_up_to_date(store, scan, ingest, prune=prune, retry=retry, told=told)
         finally:
@@ -285,6 +296,29 @@ def _model_name(target: str, model: str | os.PathLike[str] | None, encoder: Enco
     return os.path.abspath(os.path.expanduser(name)) if is_directory(model) else name
 
 
+def _item_vectors(target: str, wanted: str | None) -> str:
+    """What was asked for, else what the index has, else "separate"."""
+    if wanted is not None and wanted not in ITEM_VECTORS:
+        raise UsageError("item_vectors", expected=" or ".join(ITEM_VECTORS), got=repr(wanted))
+    if wanted is None and IndexStore.exists(target):
+        return _kept_item_vectors(IndexStore.stored_settings(target))
+    return wanted or "separate"
+
+
+def _kept_item_vectors(settings: Mapping[str, Any]) -> str:
+    """An index says so where its item vectors are fused, and nothing where they are not."""
+    return "fused" if settings.get("item_vectors") == "fused" else "separate"
+
+
+def _joining(encoder: Encodes) -> JoinsItems:
+    """The encoder as one that joins an item's picture and texts; `ModelError` when it never learned to."""
+    from mmsearch.encoder import JoinsItems
+
+    if isinstance(encoder, JoinsItems) and encoder.joins_items:
+        return encoder
+    raise no_item_fusion(encoder.identity.name)
+
+
 def _open_store(
     target: str, encoder: Encodes, *, settings: dict[str, Any], force: bool, told: Progress
 ) -> tuple[IndexStore, Collection[SkipReason]]:
@@ -294,9 +328,17 @@ def _open_store(
         made = IndexStore.create(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
         return made, ()
     store = IndexStore.open(target, write=True, repair=force, model=None if force else identity)
-    if not store.model.same_space(identity):
+    kept, wanted = _kept_item_vectors(store.settings), _kept_item_vectors(settings)
+    if kept != wanted and not force:
         store.close()
-        told.note(f"{target}: made by {store.model.name}; encoding everything anew with {identity.name}")
+        raise IndexMismatchError(
+            target, expected=f"{kept} item vectors, as this index has them", got=wanted,
+            do="Choose another --out, or --force to encode everything anew.",
+        )  # fmt: skip
+    if not store.model.same_space(identity) or kept != wanted:
+        store.close()
+        was = store.model.name if kept == wanted else f"{store.model.name}, {kept} item vectors"
+        told.note(f"{target}: made by {was}; encoding everything anew with {identity.name}")
         anew = IndexStore.replace(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
         return anew, ()
     if store.repaired:

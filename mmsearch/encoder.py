@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,18 @@ from numpy.typing import NDArray
 from mmsearch.backends.base import Backend
 from mmsearch.backends.choice import Backends, Choice
 from mmsearch.errors import ModelError, ResourceError, UsageError
-from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
+from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder, load_item_fusion
+from mmsearch.towers.config import no_item_fusion
 from mmsearch.towers.locate import BUNDLED, is_directory, locate
 from mmsearch.types import Embeddings, ModelIdentity, Pixels, Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mmsearch.backends.items import ItemBackend
     from mmsearch.towers.tokenise import Tokeniser
+
+_ITEMS_AT_ONCE = 1024
 
 
 class Encodes(Protocol):
@@ -65,6 +69,22 @@ class Encodes(Protocol):
         ...
 
 
+@runtime_checkable
+class JoinsItems(Protocol):
+    """What a build with fused item vectors needs beside `Encodes`; `joins_items`: whether this model can."""
+
+    @property
+    def joins_items(self) -> bool:
+        """True when the model learned to join an item's picture and text."""
+        ...
+
+    def item_rows(
+        self, images: Embeddings, texts: Embeddings, *, has_image: NDArray[np.bool_], has_text: NDArray[np.bool_]
+    ) -> Embeddings:
+        """(n, d), (n, d) unit rows, (n,), (n,) which of them are there -> (n, d) unit rows."""
+        ...
+
+
 class Encoder:
     """A loaded model. Thread-safe. Make one with `Encoder.load`.
 
@@ -80,12 +100,15 @@ class Encoder:
         tokeniser: Tokeniser,
         text_backend: Callable[[], Backend],
         image_backend: Callable[[], Backend],
+        item_backend: Callable[[], ItemBackend] | None = None,
     ) -> None:
         self.source: str | None = None
         self.identity, self.preprocessing = identity, preprocessing
         self.max_tokens = tokeniser.max_tokens
         self._tokeniser = tokeniser
         self._backends = {"text": text_backend, "image": image_backend}
+        self._item_backend = item_backend
+        self._item: ItemBackend | None = None
         self._loaded: dict[str, Backend] = {}
         self._lock = threading.Lock()
 
@@ -176,6 +199,59 @@ class Encoder:
             )
         )
 
+    @property
+    def joins_items(self) -> bool:
+        """True when the model learned to join an item's picture and text."""
+        return self._item_backend is not None
+
+    def encode_items(
+        self,
+        images: Sequence[Image | Pixels | os.PathLike[str] | None],
+        texts: Sequence[str | None],
+        *,
+        batch_size: int = 32,
+    ) -> Embeddings:
+        """(n) items, each a picture (see `encode_images`), a text, or both -> (n, d) unit rows; None: it is missing.
+
+        Raises `UsageError` for lists of unequal length or an item with neither, `ModelError` for a model without
+        an item head.
+        """
+        if isinstance(texts, str) or len(images) != len(texts):
+            got = "one str" if isinstance(texts, str) else f"{len(images)} pictures and {len(texts)} texts"
+            raise UsageError("items", expected="two lists of one length", got=got, do="Write None for what is missing.")
+        has_image, has_text = (np.array([one is not None for one in side], bool) for side in (images, texts))
+        if not (has_image | has_text).all():
+            number = int(np.flatnonzero(~(has_image | has_text))[0])
+            raise UsageError(f"item {number}", expected="a picture, a text or both", got="neither")
+        self._joiner()  # before the pictures take their minutes
+        rows = np.zeros((2, len(images), self.dim), np.float32)
+        rows[0, has_image] = self.encode_images([one for one in images if one is not None], batch_size=batch_size)
+        rows[1, has_text] = self.encode_texts([one for one in texts if one is not None], batch_size=batch_size)
+        return self.item_rows(rows[0], rows[1], has_image=has_image, has_text=has_text)
+
+    def item_rows(
+        self, images: Embeddings, texts: Embeddings, *, has_image: NDArray[np.bool_], has_text: NDArray[np.bool_]
+    ) -> Embeddings:
+        """Unit rows of items from those of their sides: (n, d), (n, d), (n,) and (n,) which are there -> (n, d).
+
+        Raises as `encode_items` does.
+        """
+        head = self._joiner()
+
+        def run(part: slice) -> NDArray[np.float32]:
+            return head.join(images[part], texts[part], has_image=has_image[part], has_text=has_text[part])
+
+        rows, ok = _checked(_in_batches(run, len(images), batch_size=_ITEMS_AT_ONCE, dim=self.dim))
+        _require(ok, what="item", order=np.arange(len(rows)))
+        return rows
+
+    def _joiner(self) -> ItemBackend:
+        with self._lock:
+            if self._item_backend is None:
+                raise no_item_fusion(self.identity.name)
+            self._item = self._item or self._item_backend()
+            return self._item
+
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Which texts are longer than the model reads."""
         return list(self._tokeniser(texts).truncated) if texts else []
@@ -213,10 +289,17 @@ def _load_checkpoint(cls: type[Encoder], opened: Checkpoint, choice: Choice) -> 
         tokeniser=Tokeniser.from_file(opened.directory / TOKENIZER, max_tokens=opened.config.max_tokens),
         text_backend=make.text,
         image_backend=make.image,
+        item_backend=None if opened.config.item is None else lambda: _item_backend(opened),
     )
     if choice.needs_torch:
         encoder.backend("image")  # a GPU that is not there is said now, not at the first picture
     return encoder
+
+
+def _item_backend(opened: Checkpoint) -> ItemBackend:
+    from mmsearch.backends.items import ItemBackend
+
+    return ItemBackend(load_item_fusion(opened))
 
 
 def _load_pretrained(cls: type[Encoder], directory: Path, choice: Choice, *, name: str) -> Encoder:
@@ -298,4 +381,4 @@ def _out_of_memory(what: str) -> ResourceError:
     return ResourceError(what, expected="enough memory", got="none left", do="Free memory or use a smaller model.")
 
 
-__all__ = ["BUNDLED", "Encoder", "Encodes", "fastest_backend"]
+__all__ = ["BUNDLED", "Encoder", "Encodes", "JoinsItems", "fastest_backend"]

@@ -9,6 +9,8 @@ Decisions:
   looked up by that key.
 - A commit follows after `COMMIT_ROWS` pictures or `COMMIT_SECONDS`, whichever is first: a kill costs at most that.
 - Texts of a batch are encoded together at the commit, a few dozen items a call.
+- With fused item vectors, what stands as an item's picture row is made of picture and captions: it is kept or copied
+  only where the captions are the same too, else the picture is read again. An item of texts alone has such a row too.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from mmsearch.store.base import Batch, Change, ChangeKind, ItemState, Known, Mov
 from mmsearch.types import BuildReport, Skipped, SkipReason, Source, Stamp
 
 if TYPE_CHECKING:
-    from mmsearch.encoder import Encodes
+    from mmsearch.encoder import Encodes, JoinsItems
     from mmsearch.store.directory import IndexStore
 
 COMMIT_ROWS = 512
@@ -73,7 +75,10 @@ class Pending:
 
 
 class Ingest:
-    """Brings a store up to date with a stream of changes. `close` commits what is encoded and stops the workers."""
+    """Brings a store up to date with a stream of changes. `close` commits what is encoded and stops the workers.
+
+    `joins`: makes one row of an item's picture and captions, for fused item vectors; None keeps them separate.
+    """
 
     def __init__(
         self,
@@ -84,8 +89,9 @@ class Ingest:
         workers: int | None,
         limits: Limits,
         told: Told,
+        joins: JoinsItems | None = None,
     ) -> None:
-        self._store, self._encoder, self._told = store, encoder, told
+        self._store, self._encoder, self._told, self._joins = store, encoder, told, joins
         self._batch_size = batch_size
         self._loader = Loader(preprocessing=encoder.preprocessing, workers=workers, limits=limits)
         self._waiting: dict[int, Change] = {}
@@ -126,30 +132,35 @@ class Ingest:
             if change.source is None:
                 self._gone = chain([change], changes)
                 return
-            if self._settled(change, change.source):
+            unread = self._settle(change, change.source)
+            if unread is None:
                 self._finish_items(1)
                 continue
             key, self._next_key = self._next_key, self._next_key + 1
-            self._waiting[key] = change
+            self._waiting[key] = unread
             yield key, str(change.source.path)
 
-    def _settled(self, change: Change, source: Source) -> bool:
-        """Deal with a change that needs no decoding; False when the picture must be read."""
+    def _settle(self, change: Change, source: Source) -> Change | None:
+        """Deal with a change that needs no decoding; what is returned needs it."""
         known = change.known
         if change.kind is ChangeKind.UNCHANGED and known is not None:
             self._count_unchanged(known)
-            return True
-        if change.kind is ChangeKind.TEXT_CHANGED and known is not None:
+            return None
+        if change.kind is ChangeKind.TEXT_CHANGED and known is not None and self._row_stays(known, source):
             self._upsert(source, known=known, upsert=Upsert(source, stamp=source.stamp, keep_image=known.has_image))
-            return True
+            return None
         if source.path is None:
             self._upsert(source, known=known, upsert=Upsert(source))
-            return True
+            return None
         if change.kind is ChangeKind.SUSPECT and known is not None:
             return self._settle_suspect(change, source, known)
         if change.kind is ChangeKind.NEW and source.stamp and self._store.known_size(source.stamp.size):
-            return self._settle_seen_content(source)
-        return False
+            return self._settle_seen_content(change, source)
+        return change
+
+    def _row_stays(self, known: Known, source: Source) -> bool:
+        """Whether the picture row of `known` is that of `source` too, the pictures being the same."""
+        return self._joins is None or known.captions == source.captions
 
     def _count_unchanged(self, known: Known) -> None:
         if known.state is ItemState.SKIPPED and known.reason is not None:
@@ -157,12 +168,12 @@ class Ingest:
         else:
             self.counts.unchanged += 1
 
-    def _settle_suspect(self, change: Change, source: Source, known: Known) -> bool:
-        if known.content_hash is None:
-            return False
+    def _settle_suspect(self, change: Change, source: Source, known: Known) -> Change | None:
+        if known.content_hash is None or not self._row_stays(known, source):
+            return change
         digest, stamp = _digest(source)
         if digest is None or digest != known.content_hash:
-            return False
+            return change
         if change.text_changed and known.state is ItemState.OK:
             self._upsert(
                 source, known=known, upsert=Upsert(source, stamp=stamp, content_hash=digest, keep_image=known.has_image)
@@ -170,31 +181,33 @@ class Ingest:
         else:
             self._pending.batch.touched.append(Touch(known.item, stamp))
             self._count_unchanged(known)
-        return True
+        return None
 
-    def _settle_seen_content(self, source: Source) -> bool:
+    def _settle_seen_content(self, change: Change, source: Source) -> Change | None:
         digest, stamp = _digest(source)
         if digest is None or stamp is None:
-            return False
+            return change
         candidates = self._store.find_moved(digest, after=self._taken.get(digest, 0))
         known = next((k for k in candidates if k.item not in self._moved and _left(k, source)), None)
         if known is not None:
             self._moved.add(known.item)
             self._taken[digest] = known.item
             self._pending.batch.moves.append(Move(known.item, source, stamp))
+            if not self._row_stays(known, source):
+                return replace(change, known=known)  # keeps its id, and counts as changed
             if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)) or _own_id(source):
                 self._upsert(
                     source, known=known, counted=False,
                     upsert=Upsert(source, stamp=stamp, content_hash=digest, keep_image=True),
                 )  # fmt: skip
             self.counts.moved += 1
-            return True
+            return None
         original = self._store.find_copy(digest)
-        if original is not None:
+        if original is not None and self._row_stays(original, source):
             copy = Upsert(source, stamp=stamp, content_hash=digest, image_from=original.item)
             self._upsert(source, known=None, upsert=copy)
-            return True
-        return False
+            return None
+        return change
 
     # Decoded pictures -> vectors -> commit
 
@@ -238,6 +251,8 @@ class Ingest:
 
     def _upsert(self, source: Source, *, known: Known | None, upsert: Upsert, counted: bool = True) -> None:
         keeps_text = known is not None and known.state is ItemState.OK and known.captions == source.captions
+        if self._joins is not None and not upsert.keep_image and upsert.image_from is None:
+            keeps_text = False  # the item's row is made anew, of its texts too
         self._pending.batch.upserts.append(replace(upsert, id=_own_id(source), keep_text=keeps_text))
         if counted and known is not None and known.state is ItemState.OK:
             self.counts.changed += 1
@@ -268,7 +283,9 @@ class Ingest:
                 upserts[i] = replace(upserts[i], text_vectors=vectors[start:stop])
                 start = stop
             self.counts.encoded_texts += len(vectors)
-        self._store.commit(pending.batch)
+        # What is joined goes into the store only: a Ctrl-C in here leaves the sides as they are to the next commit.
+        joined = upserts if self._joins is None else join_sides(upserts, self._joins, dim=self._encoder.dim)
+        self._store.commit(replace(pending.batch, upserts=joined))
         self._pending = Pending()
 
     # What is gone
@@ -288,6 +305,30 @@ class Ingest:
             self._store.commit(Batch(removals=removals[start : start + 10_000]))
         self.counts.removed += len(removals)
         return kept
+
+
+def join_sides(upserts: list[Upsert], joins: JoinsItems, *, dim: int) -> list[Upsert]:
+    """The upserts, each new row of a picture joined with the mean of its captions' rows; texts alone get one too.
+
+    Rows that are kept or copied are joined already.
+    """
+    new = [i for i, one in enumerate(upserts) if not one.keep_image and one.image_from is None]
+    new = [i for i in new if upserts[i].image_vector is not None or upserts[i].text_vectors is not None]
+    if not new:
+        return upserts
+    sides, there = np.zeros((2, len(new), dim), np.float32), np.zeros((2, len(new)), bool)
+    for row, i in enumerate(new):
+        image, texts = upserts[i].image_vector, upserts[i].text_vectors
+        if image is not None:
+            sides[0, row], there[0, row] = image, True
+        if texts is not None:
+            mean = np.asarray(texts, np.float32).mean(axis=0)
+            sides[1, row], there[1, row] = mean / max(float(np.linalg.norm(mean)), 1e-12), True
+    rows = joins.item_rows(sides[0], sides[1], has_image=there[0], has_text=there[1])
+    joined = list(upserts)
+    for row, i in enumerate(new):
+        joined[i] = replace(upserts[i], image_vector=rows[row])
+    return joined
 
 
 def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:

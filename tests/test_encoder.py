@@ -1,6 +1,8 @@
 """The encoder: cold path, batching, memory, bad rows, threads, names of models."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -310,3 +312,81 @@ def test_two_models_of_other_sizes_never_share_an_identity(tmp_path):
     a = tiny_checkpoint(tmp_path / "a").identity
     b = tiny_checkpoint(tmp_path / "b", config={**TINY_CONFIG, "dim": 6}).identity
     assert not a.same_space(b)
+
+
+@pytest.fixture(scope="module")
+def joining_checkpoint(tmp_path_factory):
+    """A tiny model with an item head; its towers are those of `plain_checkpoint`."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("models"), config={**TINY_CONFIG, "item": {"kind": "gated"}})
+
+
+def test_an_item_may_have_a_picture_a_text_or_both(joining_checkpoint):
+    """One side alone is that side's row; both make another one, the same in company and alone."""
+    encoder = Encoder.load(joining_checkpoint.directory, backend="torch", device="cpu", precision="fp32")
+    picture, text = pixels_of(1)[0], "a red dog"
+    rows = encoder.encode_items([picture, None, picture], [None, text, text])
+    assert np.allclose(rows[0], encoder.encode_images([picture])[0], atol=1e-6)
+    assert np.allclose(rows[1], encoder.encode_texts([text])[0], atol=1e-6)
+    assert np.abs(rows[2] - rows[0]).max() > 0.05 < np.abs(rows[2] - rows[1]).max()
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
+    assert np.allclose(rows[2:], encoder.encode_items([picture], [text]), atol=1e-6)
+
+
+def test_the_item_head_is_the_models(joining_checkpoint):
+    """Arrays through the encoder are tensors through the dual encoder; NaN in an absent row changes nothing."""
+    import torch
+
+    from mmsearch.towers.checkpoint import load_dual_encoder
+
+    rng = np.random.default_rng(0)
+    sides = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in rng.normal(size=(2, 3, 8))]
+    sides = [side.astype(np.float32) for side in sides]
+    masks = {"has_image": np.array([True, False, True]), "has_text": np.array([True, True, False])}
+    sides[0][1] = sides[1][2] = np.nan
+    got = Encoder.load(joining_checkpoint.directory).item_rows(*sides, **masks)
+    with torch.no_grad():
+        model = load_dual_encoder(joining_checkpoint)
+        wanted = model.item_rows(*map(torch.tensor, sides), **{k: torch.tensor(v) for k, v in masks.items()})
+    assert np.allclose(got, wanted.numpy(), atol=1e-6)
+
+
+def test_a_model_without_an_item_head_says_so_before_it_encodes():
+    """The pictures are not even looked at."""
+    backend = Fake()
+    with pytest.raises(ModelError, match="joins an item's picture and text"):
+        fake_encoder(backend).encode_items(list(numbered(2)), ["a dog", None])
+    assert backend.batches == []
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "says"),
+    [
+        ([None], "a dog", "one str"),
+        ([None], ["a", "b"], "1 pictures and 2 texts"),
+        ([None, None], ["a", None], "item 1"),
+    ],
+)
+def test_items_that_are_none_are_one_usage_error(joining_checkpoint, images, texts, says):
+    """A text where a list belongs, lists of two lengths, an item with nothing."""
+    with pytest.raises(UsageError, match=says):
+        Encoder.load(joining_checkpoint.directory).encode_items(images, texts)
+
+
+def test_no_items_are_no_rows(joining_checkpoint):
+    """(0, d), not an error from below."""
+    assert Encoder.load(joining_checkpoint.directory).encode_items([], []).shape == (0, 8)
+
+
+def test_a_cold_query_of_a_model_with_an_item_head_imports_no_torch(graph_checkpoint, tmp_path):
+    """The head is for items: it is not loaded for a text."""
+    directory = shutil.copytree(graph_checkpoint.directory, tmp_path / "joins")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "item": {"kind": "concat"}}))
+    code = (
+        "import sys; from pathlib import Path; from mmsearch.encoder import Encoder\n"
+        f"encoder = Encoder.load(Path({str(directory)!r}))\n"
+        "assert encoder.joins_items and encoder.encode_texts(['a red dog']).shape == (1, 8)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"

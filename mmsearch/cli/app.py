@@ -24,6 +24,7 @@ from mmsearch.cli.info import info
 from mmsearch.cli.library import Library
 from mmsearch.cli.models import models
 from mmsearch.cli.query import query
+from mmsearch.cli.train import train
 from mmsearch.cli.verify import verify
 
 VERBS: Mapping[str, Callable[..., None]] = {
@@ -34,6 +35,7 @@ VERBS: Mapping[str, Callable[..., None]] = {
     "models": models,
     "demo": demo,
     "eval": evaluate,
+    "train": train,
 }
 
 app = typer.Typer(

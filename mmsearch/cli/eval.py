@@ -1,77 +1,134 @@
-"""`mmsearch eval`: how well a model finds what belongs together, in both directions."""
+"""`mmsearch eval`: how well a model finds what belongs together, names pictures, and differs from another model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from mmsearch.cli import options
+from mmsearch.cli.library import Library
 from mmsearch.cli.progress import Bar
-from mmsearch.cli.terminal import as_json, emit, guarded, plural, say
+from mmsearch.cli.terminal import as_json, emit, guarded, plural, say, shown
 from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmsearch.evaluate.report import Direction, Evaluation
+    from mmsearch.evaluate.classification import Classification
+    from mmsearch.evaluate.report import Evaluation
+
+
+class Shown(Protocol):
+    """What an evaluation finds, for people and for programs."""
+
+    def lines(self) -> Iterator[str]:
+        """A table."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """One object."""
+        ...
 
 
 @guarded()
 def evaluate(
     ctx: typer.Context,
     pairs: Annotated[
-        str,
-        typer.Argument(metavar="PAIRS", help="Pictures with captions: JSONL, CSV, JSON or a folder."),
-    ],
+        str | None,
+        typer.Argument(metavar="[PAIRS]", help="Pictures with captions: JSONL, CSV, JSON or a folder."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="FOLDER", help="Name the pictures in its sub-folders, instead of PAIRS."),
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Only pairs of this split.")] = None,
     model: options.Model = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="MODEL", help="What changed from this model to --model ('bundled' is one)."),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", metavar="FILE", help="Sentences for --classes, one a line, {} for the name."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave these classes out; may be repeated.")
+    ] = None,
     rerank: Annotated[
         int,
         typer.Option("--rerank", min=0, metavar="N", help="Hits that a second stage reorders (0: none)."),
     ] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N pictures.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N pictures (of each class).")
+    ] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
     device: options.OnDevice = options.Device.AUTO,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, shares between 0 and 1.")] = False,
 ) -> None:
-    """Measure how well captions and pictures find each other."""
-    if rerank:  # known before a model is loaded
-        raise UsageError("--rerank", expected="0", got=str(rerank), do="This model has no re-ranker: leave it out.")
+    """Measure how well captions and pictures find each other, or how often pictures get the right class name."""
+    if (pairs is None) == (classes is None):
+        raise UsageError("eval", expected="PAIRS or --classes FOLDER", got="neither" if pairs is None else "both")
+    _check(of_classes=classes is not None, split=split, templates=templates, exclude=exclude, rerank=rerank)
+    asked = {"split": split} if classes is None else {"templates": templates, "exclude": exclude or []}
     with Bar("encoding", unit="items") as bar:
-        found: Evaluation = ctx.obj.evaluate(
-            pairs,
-            model=model,
-            device=device.value,
-            split=split,
-            limit=limit,
-            batch_size=batch_size or 64,
-            workers=workers,
-            progress=bar,
-        )
+        shared = {"limit": limit, "batch_size": batch_size or 64, "workers": workers, "device": device.value}
+        settings = {**shared, **asked, "progress": bar}
+        found, parts = _measured(ctx.obj, pairs, classes, model=model, against=compare, settings=settings)
     if json:
-        emit(as_json(found.to_json()))
+        emit(as_json(parts[-1].to_json()))
     else:
-        for line in table(found):
-            emit(line)
+        for line in report(parts):
+            emit(shown(line))
+    for note in notes(found):
+        say(note)
+
+
+def _measured(
+    library: Library,
+    pairs: str | None,
+    classes: str | None,
+    *,
+    model: str | None,
+    against: str | None,
+    settings: dict[str, Any],
+) -> tuple[Evaluation | Classification, Sequence[Shown]]:
+    """(what was found for `model`, the tables to show: that one, or those of both models and the difference)."""
+    what, named = pairs or classes or "", classes is not None
+    if against is None:
+        one = (library.classify if named else library.evaluate)(what, model=model, **settings)
+        return one, [one]
+    both = (library.compare_classes if named else library.compare)(what, before=against, after=model, **settings)
+    return both.after, [both.before, both.after, both]
+
+
+def report(parts: Sequence[Shown]) -> Iterator[str]:
+    """The tables of all parts for people, an empty line between two."""
+    for number, part in enumerate(parts):
+        if number:
+            yield ""
+        yield from part.lines()
+
+
+def notes(found: Evaluation | Classification) -> Iterator[str]:
+    """What the numbers do not say."""
+    for warning in found.warnings:
+        yield f"warning: {warning}"
     if found.skipped:
         first = found.skipped[0]
-        say(f"skipped {plural(len(found.skipped), 'picture')}, the first: {first.path}: {first.reason} {first.detail}")
+        count = plural(len(found.skipped), "picture")
+        yield f"skipped {count}, the first: {first.path}: {first.reason} {first.detail}"
 
 
-def table(found: Evaluation) -> Iterator[str]:
-    """Both directions side by side: shares in per cent, ± half of their 95 % interval, and ranks."""
-    yield f"{found.model}: {found.images} images, {found.texts} texts, {found.seconds:.1f} s"
-    yield f"{'':<12} {'text -> image':>16} {'image -> text':>16}"
-    for metric in found.text_to_image.values:
-        cells = (_cell(way, metric) for way in (found.text_to_image, found.image_to_text))
-        yield f"{metric:<12} " + " ".join(f"{cell:>16}" for cell in cells)
-    yield "Shares in per cent, ± half of the 95 % interval (bootstrap over images)."
-
-
-def _cell(way: Direction, metric: str) -> str:
-    value = way.values[metric]
-    if metric not in way.intervals:
-        return f"{value:.1f}"
-    low, high = way.intervals[metric]
-    return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
+def _check(
+    *, of_classes: bool, split: str | None, templates: Path | None, exclude: list[str] | None, rerank: int
+) -> None:
+    """What does not go together, known before a model is loaded."""
+    if rerank:
+        raise UsageError("--rerank", expected="0", got=str(rerank), do="This model has no re-ranker: leave it out.")
+    if not of_classes and (templates is not None or exclude):
+        option = "--exclude" if templates is None else "--templates"
+        raise UsageError(option, expected="--classes FOLDER beside it", got="PAIRS")
+    if of_classes and split is not None:
+        raise UsageError("--split", expected="PAIRS beside it", got="--classes")

@@ -42,6 +42,10 @@ def index(
     prune: Annotated[
         bool, typer.Option("--prune", help="Drop items of folders that are gone altogether (an unmounted disk).")
     ] = False,
+    item_vectors: Annotated[
+        options.ItemVectors | None,
+        typer.Option("--item-vectors", help="One row for picture and captions, or each its own [default: separate]."),
+    ] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
     max_pixels: Annotated[
@@ -71,6 +75,7 @@ def index(
             exclude=tuple(exclude or ()),
             include_hidden=include_hidden,
             prune=prune,
+            item_vectors=None if item_vectors is None else item_vectors.value,
             batch_size=batch_size,
             workers=workers,
             max_pixels=max_pixels,

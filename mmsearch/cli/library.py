@@ -8,16 +8,19 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmsearch.cli.progress import Bar
     from mmsearch.encoder import Encoder
+    from mmsearch.evaluate.classification import Classification
+    from mmsearch.evaluate.comparison import Comparison
     from mmsearch.evaluate.report import Evaluation
     from mmsearch.searcher import Searcher
     from mmsearch.store import Problem
+    from mmsearch.train.run import TrainReport
     from mmsearch.types import BuildReport
 
 
@@ -62,6 +65,23 @@ class Library:
         with IndexStore.open(str(path)) as store:
             return store.info()
 
+    def train(
+        self,
+        pairs: Sequence[str],
+        out: Path,
+        *,
+        recipe: Path | None,
+        given: Mapping[str, Any],
+        assignments: Sequence[str],
+        **options: Any,  # noqa: ANN401 - as `train` has them
+    ) -> TrainReport:
+        """`mmsearch.train.run.train` with settings from a recipe, options of the command line and --set."""
+        from mmsearch.train.run import train
+        from mmsearch.train.settings import gathered
+
+        settings = gathered(pairs, recipe=recipe, given=given, assignments=assignments)
+        return train(settings, out, **options)
+
     def verify(self, path: Path) -> list[Problem]:
         """What is wrong with an index, also one that is too damaged to open."""
         from mmsearch.store.directory import verify
@@ -74,15 +94,61 @@ class Library:
         *,
         model: str | None,
         device: str,
-        progress: Bar,
         **options: Any,  # noqa: ANN401 - as `evaluate_file` has them
     ) -> Evaluation:
         """`mmsearch.evaluate.evaluator.evaluate_file`."""
-        from mmsearch.encoder import Encoder
         from mmsearch.evaluate.evaluator import evaluate_file
 
-        encoder = self._encoder or Encoder.load(model, device=device)
-        return evaluate_file(pairs, encoder=encoder, progress=progress, **options)
+        return evaluate_file(pairs, encoder=self._load(model, device=device), **options)
+
+    def compare(
+        self,
+        pairs: str,
+        *,
+        before: str | None,
+        after: str | None,
+        device: str,
+        **options: Any,  # noqa: ANN401 - as `compare_file` has them
+    ) -> Comparison[Evaluation]:
+        """`mmsearch.evaluate.evaluator.compare_file`."""
+        from mmsearch.evaluate.evaluator import compare_file
+
+        first, second = (partial(self._load, model, device=device) for model in (before, after))
+        return compare_file(pairs, before=first, after=second, **options)
+
+    def classify(
+        self,
+        folder: str,
+        *,
+        model: str | None,
+        device: str,
+        templates: Path | None,
+        **options: Any,  # noqa: ANN401 - as `evaluate_classes` has them
+    ) -> Classification:
+        """`mmsearch.evaluate.zeroshot.evaluate_classes`."""
+        from mmsearch.evaluate.zeroshot import evaluate_classes, read_templates
+
+        if templates is not None:
+            options["templates"] = read_templates(templates)
+        return evaluate_classes(folder, encoder=self._load(model, device=device), **options)
+
+    def compare_classes(
+        self,
+        folder: str,
+        *,
+        before: str | None,
+        after: str | None,
+        device: str,
+        templates: Path | None,
+        **options: Any,  # noqa: ANN401 - as `compare_class_folders` has them
+    ) -> Comparison[Classification]:
+        """`mmsearch.evaluate.zeroshot.compare_class_folders`."""
+        from mmsearch.evaluate.zeroshot import compare_class_folders, read_templates
+
+        if templates is not None:
+            options["templates"] = read_templates(templates)
+        first, second = (partial(self._load, model, device=device) for model in (before, after))
+        return compare_class_folders(folder, before=first, after=second, **options)
 
     def bundled_model(self) -> dict[str, Any]:
         """Facts about the bundled model as JSON values; reads its config and card, none of its weights."""
@@ -104,6 +170,14 @@ class Library:
             "card": str(card),
             "figures": last_table(card.read_text(encoding="utf-8")) if card.exists() else [],
         }
+
+    def _load(self, model: str | None, *, device: str) -> Encoder:
+        """The encoder of all commands, else the model; "bundled" means the bundled one unless a folder is there."""
+        from mmsearch.encoder import Encoder
+        from mmsearch.towers.locate import is_directory
+
+        named = None if model == "bundled" and not is_directory(model) else model
+        return self._encoder or Encoder.load(named, device=device)
 
 
 def last_table(markdown: str) -> list[str]:

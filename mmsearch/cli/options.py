@@ -24,6 +24,13 @@ class Target(StrEnum):
     ANY = "any"
 
 
+class ItemVectors(StrEnum):
+    """What stands for an item with a picture and texts."""
+
+    SEPARATE = "separate"
+    FUSED = "fused"
+
+
 Index = Annotated[
     str | None,
     typer.Option("--index", metavar="DIR", help="The index [default: $MMSEARCH_INDEX, else the last updated]."),

@@ -32,6 +32,7 @@ _SLICE_S = 1.0
 class _Job:
     path: str
     slot: int | None  # None: lost to a worker that cannot be ended
+    view: Mapping[str, Any]
     deaths: int = 0
     answer: dict[str, Any] | None = None
     wanted: bool = True
@@ -61,10 +62,13 @@ class Crew:
         """Process ids of the workers that are running."""
         return tuple(worker.pid for worker in self._workers)
 
-    def ask(self, path: str) -> int:
-        """Have a picture decoded; the job's number. Call only when there is room."""
+    def ask(self, path: str, view: Mapping[str, Any] | None = None) -> int:
+        """Have a picture decoded; the job's number. Call only when there is room.
+
+        `view`: JSON values by name that the worker's own opener takes (see `worker.main`).
+        """
         self._asked += 1
-        self._jobs[self._asked] = _Job(path, self._free.pop())
+        self._jobs[self._asked] = _Job(path, self._free.pop(), view or {})
         self._waiting.append(self._asked)
         self._dispatch()
         return self._asked
@@ -126,7 +130,7 @@ class Crew:
             if worker is None or (worker.jobs and len(self._workers) < self._count):
                 worker = self._start()
             assert job.slot is not None
-            worker.send(number, job.slot, job.path)
+            worker.send(number, job.slot, job.path, job.view)
 
     def _start(self) -> Worker:
         worker = Worker(self._slab, self._settings)

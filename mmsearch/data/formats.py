@@ -1,6 +1,10 @@
 """The formats of tables of pictures and texts, by name: the place to plug in another one.
 
 A format is a function `(path, *, on_skip) -> Iterator[Record]`. To add one: a file, and a line in `_FORMATS`.
+
+Decisions:
+- A folder is a data set only by what lies in the folder itself or in one named as a split is (train, val, test);
+  pictures there make it what is usual, a folder of pictures with side-cars.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from collections.abc import Iterator
 from typing import Protocol, cast
 
 from mmsearch.data.records import Finder, Record, table_places, wide_places
+from mmsearch.data.sniffing import PICTURE_EXTENSIONS
+from mmsearch.data.splits import split_in
 from mmsearch.data.texts import OnSkip
 from mmsearch.errors import InputError, MissingExtraError, UsageError
 
@@ -32,10 +38,12 @@ _FORMATS: dict[str, tuple[str, str, str | None, str | None]] = {
     "csv": ("mmsearch.data.table", "read_csv", None, None),
     "tsv": ("mmsearch.data.table", "read_tsv", None, None),
     "jsonl": ("mmsearch.data.table", "read_jsonl", None, None),
-    "parquet": ("mmsearch.data.table", "read_parquet", "pyarrow", "parquet"),
+    "parquet": ("mmsearch.data.parquet", "read_parquet", "pyarrow", "parquet"),
     "json": ("mmsearch.data.documents", "read_json", None, None),
     "karpathy": ("mmsearch.data.documents", "read_karpathy_file", None, None),
     "coco": ("mmsearch.data.documents", "read_coco_file", None, None),
+    "webdataset": ("mmsearch.data.webdataset", "read_webdataset", None, None),
+    "huggingface": ("mmsearch.data.hf_dataset", "read_hf_dataset", None, None),
 }
 
 _BY_EXTENSION = {
@@ -45,8 +53,11 @@ _BY_EXTENSION = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".json": "json",
+    ".tar": "webdataset",
+    ".tgz": "webdataset",
 }
 _NESTED = {"json", "karpathy", "coco"}
+_MANY_FILES = {"webdataset", "huggingface"}
 
 
 def names() -> tuple[str, ...]:
@@ -56,7 +67,31 @@ def names() -> tuple[str, ...]:
 
 def sniff(path: str) -> str | None:
     """The format of a file by its ending, None when it is no table."""
-    return _BY_EXTENSION.get(os.path.splitext(path)[1].lower())
+    lower = path.lower()
+    return "webdataset" if lower.endswith(".tar.gz") else _BY_EXTENSION.get(os.path.splitext(lower)[1])
+
+
+def sniff_folder(path: str) -> str | None:
+    """The format of a folder that is a data set of several files; None when it is one of pictures with side-cars."""
+    from mmsearch.data.hf_dataset import is_dataset
+
+    if is_dataset(path):
+        return "huggingface"
+    with os.scandir(path) as entries:
+        folders = [entry.path for entry in entries if split_in(entry.name) and entry.is_dir()]
+    found = [_endings_in(folder) for folder in (path, *folders)]
+    tars = any(".tar" in endings for endings in found)
+    return "webdataset" if tars and all(endings.isdisjoint(PICTURE_EXTENSIONS) for endings in found) else None
+
+
+def _endings_in(folder: str) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.name.startswith(".")}
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that does not exist may name WebDataset shards: it has braces or wildcards and ends in .tar."""
+    return path.lower().endswith(".tar") and any(mark in path for mark in "{*?[")
 
 
 def open_table(path: str, *, format: str, on_skip: OnSkip) -> tuple[Iterator[Record], Finder]:
@@ -70,13 +105,16 @@ def open_table(path: str, *, format: str, on_skip: OnSkip) -> tuple[Iterator[Rec
     module, function, package, extra = _FORMATS[format]
     if package and extra and importlib.util.find_spec(package) is None:
         raise MissingExtraError(path, package=package, extra=extra)
-    if not os.path.isfile(path):
+    if format not in _MANY_FILES and not os.path.isfile(path):
         raise InputError(path, expected="a file", got="something else", do="Check the path.")
     try:
-        with open(path, "rb"):
-            pass
+        if os.path.isfile(path):
+            with open(path, "rb"):
+                pass
     except OSError as error:
         raise InputError(path, expected="a readable file", got=error.strerror or str(error)) from error
     read = cast(Format, getattr(importlib.import_module(module), function))
+    if format in _MANY_FILES:
+        return read(path, on_skip=on_skip), Finder([path], closed=format == "webdataset")
     places = wide_places if format in _NESTED else table_places
     return read(path, on_skip=on_skip), Finder(places(path))

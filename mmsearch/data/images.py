@@ -23,7 +23,8 @@ from PIL import ExifTags, Image
 
 from mmsearch.data import jpeg
 from mmsearch.data.colour import to_rgb
-from mmsearch.data.reading import MAX_BYTES, read_file
+from mmsearch.data.packed import read_picture
+from mmsearch.data.reading import MAX_BYTES
 from mmsearch.data.sniffing import HEAD_BYTES, foreign_format, looks_cut, picture_format
 from mmsearch.errors import ImageError, UsageError
 from mmsearch.types import Pixels, Preprocessing, SkipReason
@@ -80,15 +81,16 @@ def open_image(
 ) -> tuple[Image.Image, ImageInfo]:
     """The picture as upright RGB: EXIF orientation applied, first frame, alpha over white, 16-bit scaled.
 
-    `source`: the bytes of a file, or its path. `target`: the shortest side that is needed, in pixels; a JPEG
-    may come back smaller than it is, never with a side below `target` that was not below it before.
+    `source`: the bytes of a file, its path, or the address of one inside a larger file (`data.packed`).
+    `target`: the shortest side that is needed, in pixels; a JPEG may come back smaller than it is, never with
+    a side below `target` that was not below it before.
     `where` names the picture in errors. Raises `ImageError` with a `SkipReason`.
     """
     if isinstance(source, bytes):
         data = source
     else:
         where = where or os.fspath(source)
-        data, _ = read_file(os.fspath(source), max_bytes=limits.max_bytes)
+        data, _ = read_picture(os.fspath(source), max_bytes=limits.max_bytes)
     format = _allowed_format(data, where)
     try:
         with warnings.catch_warnings():

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,9 @@ from mmsearch.types import Pixels, Preprocessing, Skipped, SkipReason, Stamp
 _SLAB_BYTES = 512 << 20
 _BASE_BYTES = 1 << 30
 _BYTES_A_PIXEL = 16
+
+Request: TypeAlias = tuple[int, str] | tuple[int, str, Mapping[str, Any]]
+"""(key, path), or (key, path, view): JSON values by name, for a worker that makes views of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,8 @@ class Loader:
         """Process ids of the workers that are running."""
         return self._crew.pids if self._crew else ()
 
-    def load(self, requests: Iterable[tuple[int, str]]) -> Iterator[Loaded | Failed]:
-        """Decode (key, path) after (key, path), in order; at most `ahead` requests are taken in advance.
+    def load(self, requests: Iterable[Request]) -> Iterator[Loaded | Failed]:
+        """Decode request after request, in order; at most `ahead` of them are taken in advance.
 
         Raises `ResourceError` when workers cannot be started, `UsageError` when closed or while another
         `load` of this loader is not finished.
@@ -120,7 +123,7 @@ class Loader:
                     request = next(source, None)
                     more = request is not None
                     if request is not None:
-                        order.append((crew.ask(request[1]), *request))
+                        order.append((crew.ask(*request[1:]), request[0], request[1]))
                     crew.gather(0)
                 if order:
                     number, key, path = order[0]
@@ -141,9 +144,7 @@ class Loader:
             self._crew.close()
             self._crew = None
 
-    def _outcome(
-        self, number: int, key: int, path: str, answer: dict[str, Any], content: bytearray
-    ) -> Loaded | Failed:
+    def _outcome(self, number: int, key: int, path: str, answer: dict[str, Any], content: bytearray) -> Loaded | Failed:
         digest = stamp = None
         pixel_bytes = len(content) - READ.size
         if content:

@@ -1,4 +1,9 @@
-"""Pictures with their captions, for training and evaluation: a table, a captions file, or a folder with side-cars."""
+"""Pictures with their captions, for training and evaluation: a table, a captions file, a folder with side-cars, or a
+data set of many files.
+
+Decisions:
+- A picture whose rows name different splits is one pair in each: its captions of one split never come with another.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,17 @@ from collections.abc import Iterator
 from mmsearch.data import formats
 from mmsearch.data.folder import Rules, Walk
 from mmsearch.data.records import joined, locate
+from mmsearch.data.splits import canonical_split
 from mmsearch.data.texts import OnSkip
 from mmsearch.errors import InputError
 from mmsearch.types import Pair, Skipped, SkipReason
 
-_ALIASES = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
-
-def read_pairs(
-    path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None
-) -> Iterator[Pair]:
+def read_pairs(path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None) -> Iterator[Pair]:
     """Pairs in the order of the file; several rows of one picture are one pair.
 
+    `path` may also be a pattern of WebDataset shards ("shards/{000..127}.tar"). The picture of a pair is a path, or the
+    address of one inside a file (`data.packed`).
     `split`: only pairs of this split ("train", "val" or "test"; "dev" and "validation" mean "val").
     A pair's group is its picture's path, or what the column `group` says. Pictures that are not there and
     rows without a caption are reported to `on_skip`. Raises `InputError` when there is no such path or
@@ -27,8 +31,9 @@ def read_pairs(
     """
     absolute = os.path.abspath(path)
     if os.path.isdir(absolute):
-        pairs = _from_folder(absolute, on_skip)
-    elif os.path.lexists(absolute):
+        kind = format or formats.sniff_folder(absolute)
+        pairs = _from_folder(absolute, on_skip) if kind is None else _from_table(absolute, kind, on_skip)
+    elif os.path.lexists(absolute) or formats.is_pattern(absolute):
         table = format or formats.sniff(absolute)
         if table is None:
             expected = f"a folder or a table ({', '.join(formats.names())})"
@@ -47,13 +52,13 @@ def _from_folder(path: str, on_skip: OnSkip) -> Iterator[Pair]:
                 source.path,
                 source.captions,
                 group=group if isinstance(group, str) else source.path,
-                split=_canonical(split) if isinstance(split, str) else None,
+                split=canonical_split(split) if isinstance(split, str) else None,
             )
 
 
 def _from_table(path: str, format: str, on_skip: OnSkip) -> Iterator[Pair]:
     records, finder = formats.open_table(path, format=format, on_skip=on_skip)
-    for record in joined(records):
+    for record in joined(records, by_split=True):
         if record.image is None or not record.captions:
             missing = "caption" if record.image else "picture"
             on_skip(Skipped(f"{path}:{record.line}", SkipReason.BAD_ROW, f"no {missing}"))
@@ -62,12 +67,12 @@ def _from_table(path: str, format: str, on_skip: OnSkip) -> Iterator[Pair]:
                 found[0],
                 record.captions,
                 group=record.group or found[0],
-                split=_canonical(record.split) if record.split else None,
+                split=canonical_split(record.split) if record.split else None,
             )
 
 
 def _of_split(pairs: Iterator[Pair], split: str, path: str) -> Iterator[Pair]:
-    wanted, seen, count = _canonical(split), set(), 0
+    wanted, seen, count = canonical_split(split), set(), 0
     for pair in pairs:
         seen.add(pair.split)
         if pair.split == wanted:
@@ -76,8 +81,3 @@ def _of_split(pairs: Iterator[Pair], split: str, path: str) -> Iterator[Pair]:
     if not count:
         got = ", ".join(sorted(name or "none" for name in seen)) or "no pairs at all"
         raise InputError(path, expected=f"pairs of split {split}", got=got, do="Name another split, or none.")
-
-
-def _canonical(split: str) -> str:
-    lower = split.strip().lower()
-    return _ALIASES.get(lower, lower)

@@ -6,6 +6,7 @@ Decisions:
 - Identity below the table: the picture as the table writes it; a text without a picture has its `id`, else
   its content. Row numbers are no identity: a line put in at the top would change every item.
 - The user's own table may name pictures anywhere, also by absolute paths; they are only ever decoded.
+- A picture that is inside its table has a `place` (`data.packed`), and its name is never looked for on the disk.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 
 import xxhash
 
+from mmsearch.data.packed import packed
 from mmsearch.data.reading import skip_reason, stamp_of
 from mmsearch.data.texts import OnSkip, unique
-from mmsearch.errors import ResourceError
+from mmsearch.errors import InputError, ResourceError
 from mmsearch.types import Skipped, SkipReason, Source, Stamp
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
@@ -31,7 +33,10 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: `image` as written (None: text only), `line` of the table for messages, counted from 1."""
+    """One row: `image` as written (None: text only), `line` of the table for messages, counted from 1.
+
+    `place`: the address of a picture that is inside a file (`data.packed`); `image` is then only its name.
+    """
 
     line: int
     image: str | None
@@ -40,6 +45,7 @@ class Record:
     split: str | None = None
     group: str | None = None
     metadata: dict[str, object] = field(default_factory=dict)
+    place: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,9 +59,13 @@ class Record:
 
 @dataclass(slots=True)
 class Finder:
-    """Finds the pictures a table names: relative to the first of `places` (folders) where there is one."""
+    """Finds the pictures a table names: relative to the first of `places` (folders) where there is one.
+
+    `closed`: the table has its pictures inside, and a name is none of a file.
+    """
 
     places: list[str]
+    closed: bool = False
 
     def find(self, image: str) -> tuple[str, Stamp]:
         """Absolute path and stamp; `FileNotFoundError` or another `OSError` when it is in none of them."""
@@ -86,9 +96,16 @@ def wide_places(path: str) -> list[str]:
     return [*table_places(path), *_folders_in(base), parent, *_folders_in(parent)]
 
 
-def joined(records: Iterable[Record]) -> Iterator[Record]:
-    """Rows of one name become one: all captions in order, the first row's other values before later ones."""
-    for _, group in itertools.groupby(_brought_together(records), key=lambda record: record.name):
+def joined(records: Iterable[Record], *, by_split: bool = False) -> Iterator[Record]:
+    """Rows of one name become one: all captions in order, the first row's other values before later ones.
+
+    `by_split`: only rows of one split too, so that no caption of another split comes with them.
+    """
+
+    def key(record: Record) -> str:
+        return f"{record.name}\0{record.split or ''}" if by_split else record.name
+
+    for _, group in itertools.groupby(_brought_together(records, key), key=key):
         first, *others = group
         if not others:
             yield first
@@ -99,7 +116,8 @@ def joined(records: Iterable[Record]) -> Iterator[Record]:
             metadata.update(record.metadata)
         split = next((r.split for r in (first, *others) if r.split), None)
         group_id = next((r.group for r in (first, *others) if r.group), None)
-        yield Record(first.line, first.image, captions, first.id, split, group_id, metadata)
+        place = next((r.place for r in (first, *others) if r.place), None)
+        yield Record(first.line, first.image, captions, first.id, split, group_id, metadata, place)
 
 
 def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: OnSkip) -> Iterator[Source]:
@@ -108,6 +126,13 @@ def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: O
     Pairs for evaluation keep a caption that two people wrote alike: test sets are counted that way.
     """
     for record in joined(records):
+        if record.place is not None:
+            raise InputError(
+                table,
+                expected="pictures that are files",
+                got="pictures inside the table",
+                do="Unpack them: an index shows where its pictures are.",
+            )
         stated = {"id": record.id, "split": record.split, "group": record.group}
         metadata = {**{k: v for k, v in stated.items() if v is not None}, **record.metadata}
         path = stamp = None
@@ -122,26 +147,32 @@ def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: O
 def locate(table: str, record: Record, *, finder: Finder, on_skip: OnSkip) -> tuple[str, Stamp] | None:
     """The picture of a row; None, and a report, when it cannot be found."""
     image, line = record.image or "", f"line {record.line} of {os.path.basename(table)}"
-    if _URL.match(image):
+    if finder.closed and record.place is None:
+        on_skip(Skipped(f"{table}: {image}", SkipReason.BAD_ROW, "no picture"))
+        return None
+    if record.place is None and _URL.match(image):
         on_skip(Skipped(image, SkipReason.UNSUPPORTED, f"a URL, in {line}"))
         return None
     try:
+        if record.place is not None:
+            inside = packed(record.place)
+            return record.place, stamp_of(os.stat(inside.file if inside else record.place))
         return finder.find(image)
     except (OSError, ValueError) as error:
         reason = skip_reason(error) if isinstance(error, OSError) else SkipReason.BAD_ROW
-        path = os.path.normpath(os.path.join(os.path.dirname(table), image))
+        path = record.place or os.path.normpath(os.path.join(os.path.dirname(table), image))
         on_skip(Skipped(path, reason, f"named in {line}"))
         return None
 
 
-def _brought_together(records: Iterable[Record]) -> Iterator[Record]:
-    """The same records with those of one name next to each other, names in order of first appearance."""
+def _brought_together(records: Iterable[Record], key: Callable[[Record], str]) -> Iterator[Record]:
+    """The same records with those of one key next to each other, keys in order of first appearance."""
     try:
         with closing(sqlite3.connect("")) as db:  # a private file that goes with the connection
             db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, name BLOB, record TEXT)")
             db.executemany(
                 "INSERT INTO rows (name, record) VALUES (?, ?)",
-                ((r.name.encode("utf-8", "surrogatepass"), json.dumps(asdict(r))) for r in records),
+                ((key(r).encode("utf-8", "surrogatepass"), json.dumps(asdict(r))) for r in records),
             )
             db.execute("CREATE TABLE firsts AS SELECT name, MIN(row) AS first FROM rows GROUP BY name")
             db.execute("CREATE INDEX by_name ON rows (name, row)")

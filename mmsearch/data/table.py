@@ -1,4 +1,4 @@
-"""Tables of pictures and texts: CSV, TSV, JSON lines, Parquet, and a JSON list of objects.
+"""Tables of pictures and texts: CSV, TSV, JSON lines, and a JSON list of objects.
 
 Columns, whatever their case: a picture is in the first of `IMAGE_COLUMNS` that there is; captions are in
 `caption`, `captions`, `title`, `text` and `caption_...`; `id`, `split` and `group` mean what they say;
@@ -29,7 +29,6 @@ Row: TypeAlias = Sequence[tuple[str, object]]
 
 _CAPTION = re.compile(r"caption_.*|caption\d*|captions|title|text")
 _LINE_CHARACTERS = 1 << 24
-_BATCH = 1024
 _COLUMNS = f"a column {IMAGE_COLUMNS[0]} (or {', '.join(IMAGE_COLUMNS[1:])}) or caption"
 
 
@@ -56,26 +55,6 @@ def read_jsonl(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
                 yield record(number, list(entry.items()))
             except ValueError as error:
                 on_skip(_bad(path, number, str(error)))
-
-
-def read_parquet(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
-    """Rows of a Parquet file (pyarrow); a column of pictures themselves (bytes) is not read."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for entry in batch.to_pylist():
-                    number += 1
-                    try:
-                        yield record(number, list(entry.items()))
-                    except ValueError as error:
-                        on_skip(_bad(path, number, str(error)))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(path, expected="a Parquet file", got=str(error).splitlines()[0]) from error
 
 
 def read_list(path: str, entries: Iterable[object], *, on_skip: OnSkip) -> Iterator[Record]:
@@ -138,7 +117,7 @@ def _separated(path: str, on_skip: OnSkip, separators: str) -> Iterator[Record]:
         first = next(lines, "")
         separator = max(separators, key=lambda s: (_usable(_split(first, s)), first.count(s)))
         header = _split(first, separator)
-        _check_columns(path, header)
+        check_columns(path, header)
         reader = csv.reader(lines, delimiter=separator)
         while True:
             try:
@@ -162,7 +141,8 @@ def _usable(header: Iterable[str]) -> int:
     return sum(name in IMAGE_COLUMNS or _CAPTION.fullmatch(name) is not None for name in names)
 
 
-def _check_columns(path: str, header: Sequence[str]) -> None:
+def check_columns(path: str, header: Sequence[str]) -> None:
+    """`InputError` when a header has neither a column of pictures nor one of captions."""
     if not _usable(header):
         got = ", ".join(header)[:200] or "an empty file"
         raise InputError(path, expected=_COLUMNS, got=got, do="Give the table a header line.")

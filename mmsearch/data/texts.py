@@ -91,9 +91,9 @@ def read_sidecars(
         try:
             data, _ = read_file(path, max_bytes=_MAX_SIDECAR_BYTES)
             if extension.lower() == ".txt":
-                captions += captions_in(_text(data).splitlines())
+                captions += captions_in(decoded(data).splitlines())
                 continue
-            entries = parse_json(_text(data))
+            entries = parse_json(decoded(data))
             if not isinstance(entries, dict):
                 raise ValueError("not an object")
             more, metadata = split_texts(entries)
@@ -106,7 +106,8 @@ def read_sidecars(
     return unique(captions), metadata
 
 
-def _text(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """The text of a file: UTF-16 where a mark says so, else UTF-8; what is neither becomes U+FFFD."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     return data.decode("utf-8-sig", "replace")

@@ -30,13 +30,13 @@ import xxhash
 from PIL import Image
 
 from mmsearch.data.images import ImageInfo, Limits, open_image, prepare
-from mmsearch.data.reading import read_file
+from mmsearch.data.packed import read_picture
 from mmsearch.data.slots import READ, slot_bytes
 from mmsearch.errors import ImageError
 from mmsearch.types import Preprocessing, SkipReason
 
 Opener: TypeAlias = Callable[..., tuple[Image.Image, ImageInfo]]
-"""As `open_image`."""
+"""As `open_image`; it also takes, by name, what the job's view holds."""
 
 
 def main(socket_fd: int, slab_fd: int, *, open_picture: Opener = open_image) -> None:
@@ -79,11 +79,11 @@ def _decode(
     job: dict[str, Any], slot: memoryview, preprocessing: Preprocessing, limits: Limits, open_picture: Opener
 ) -> ImageInfo:
     path, pixel_bytes = job["path"], len(slot) - READ.size
-    data, stamp = read_file(path, max_bytes=limits.max_bytes)
+    data, stamp = read_picture(path, max_bytes=limits.max_bytes)
     digest = xxhash.xxh3_128_digest(data)
     # Written before decoding, so that the parent knows it even if decoding ends this process.
     READ.pack_into(slot, pixel_bytes, job["job"], digest, stamp.size, stamp.mtime_ns, stamp.ctime_ns)
-    image, info = open_picture(data, limits=limits, target=preprocessing.size, where=path)
+    image, info = open_picture(data, limits=limits, target=preprocessing.size, where=path, **job["view"])
     np.frombuffer(slot, np.uint8, pixel_bytes)[:] = prepare(image, preprocessing).reshape(-1)
     return info
 

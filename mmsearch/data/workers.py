@@ -107,10 +107,10 @@ class Worker:
         """For selectors."""
         return self._link.fileno()
 
-    def send(self, job: int, slot: int, path: str) -> None:
+    def send(self, job: int, slot: int, path: str, view: Mapping[str, Any]) -> None:
         """Give it one more picture; should it be dead, `receive` finds out."""
         self.jobs.append(job)
-        self._tell({"job": job, "slot": slot, "path": path})
+        self._tell({"job": job, "slot": slot, "path": path, "view": dict(view)})
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
         """The answers that have come in, and whether it is still there. Does not wait."""

@@ -5,23 +5,26 @@ Decisions:
   smaller gallery are easier, so they must not look like the whole. No caption ever meets another's picture.
 - Pairs of one group belong together, and one picture listed once a caption is still one picture.
 - Pixels are held for one batch, embeddings for all: (n + m) · d floats.
+- Two models are measured one after the other, so that only one is in memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mmsearch.data.loading import Failed, Loader
 from mmsearch.data.pairs import read_pairs
 from mmsearch.errors import InputError, UsageError
-from mmsearch.evaluate.metrics import Ints, rank_groups
-from mmsearch.evaluate.report import Evaluation, summarise
+from mmsearch.evaluate.comparison import Comparison, compare
+from mmsearch.evaluate.metrics import Ints
+from mmsearch.evaluate.report import Evaluation
+from mmsearch.evaluate.rows import evaluate_rows
 from mmsearch.types import Embeddings, Pair, Pixels, Skipped, SkipReason
 
 if TYPE_CHECKING:
@@ -38,12 +41,32 @@ class Progress(Protocol):
         """`n` more steps are done."""
 
 
-class _Silent:
+class Silent:
+    """Progress that nobody is told about."""
+
     def start(self, total: int | None) -> None:
-        pass
+        """Nothing."""
 
     def advance(self, n: int, *, note: str = "") -> None:
-        pass
+        """Nothing."""
+
+
+class Rounds:
+    """Progress of `rounds` equal rounds of work drawn as one: the first tells how long all will take."""
+
+    def __init__(self, progress: Progress, *, rounds: int) -> None:
+        self._progress, self._rounds = progress, rounds
+        self._started = False
+
+    def start(self, total: int | None) -> None:
+        """A round begins; only the first one's total counts."""
+        if not self._started:
+            self._progress.start(None if total is None else total * self._rounds)
+        self._started = True
+
+    def advance(self, n: int, *, note: str = "") -> None:
+        """`n` more steps of this round are done."""
+        self._progress.advance(n, note=note)
 
 
 def evaluate_file(
@@ -74,6 +97,24 @@ def evaluate_file(
     return replace(found, skipped=(*skipped, *found.skipped))
 
 
+def compare_file(
+    path: str | Path,
+    *,
+    before: Callable[[], Encodes],
+    after: Callable[[], Encodes],
+    progress: Progress | None = None,
+    **options: Any,  # noqa: ANN401 - as `evaluate_file` has them
+) -> Comparison[Evaluation]:
+    """Evaluate two models on the same pairs. `before` and `after` load them, each when its turn comes.
+
+    `options`: those of `evaluate_file`, for both. Raises as it does, and `UsageError` when the two models
+    could not use the same pictures.
+    """
+    told = Rounds(progress or Silent(), rounds=2)
+    first = evaluate_file(path, encoder=before(), progress=told, **options)
+    return compare(first, evaluate_file(path, encoder=after(), progress=told, **options))
+
+
 def evaluate_pairs(
     pairs: Iterable[Pair],
     *,
@@ -87,13 +128,14 @@ def evaluate_pairs(
 
     Raises `InputError` when no picture with a caption could be read.
     """
-    began, told = time.monotonic(), progress or _Silent()
+    began, told = time.monotonic(), progress or Silent()
     merged, skipped = _merge(pairs, limit=limit)
     texts_of = [len(pair.captions) for pair in merged]
     told.start(len(merged) + sum(texts_of))
     rows: list[Embeddings] = []
     kept: list[int] = []
-    for keys, embeddings in _encode_images(merged, encoder, loader=loader, batch_size=batch_size, skipped=skipped):
+    paths = [pair.image for pair in merged]
+    for keys, embeddings in image_rows(paths, encoder=encoder, loader=loader, batch_size=batch_size, skipped=skipped):
         kept.extend(keys)
         rows.append(embeddings)
         told.advance(len(keys))
@@ -104,46 +146,16 @@ def evaluate_pairs(
         )
     told.advance(len(merged) - len(kept) + sum(texts_of) - sum(texts_of[key] for key in kept))
     texts = [caption for key in kept for caption in merged[key].captions]
-    text_rows = _encode_texts(texts, encoder, batch_size=batch_size, progress=told)
-    images = np.repeat(np.arange(len(kept)), [texts_of[key] for key in kept]).astype(np.int64)  # (m,) owner
-    image_groups = _numbered([merged[key].group for key in kept])
-    return _compare(
+    groups = _numbered([pair.group for pair in merged])  # of all, so that models that skip differently do not match
+    image_groups = groups[np.array(kept, np.int64)]
+    found = evaluate_rows(
+        text_rows(texts, encoder=encoder, batch_size=batch_size, progress=told),
         np.concatenate(rows),
-        text_rows,
+        text_groups=np.repeat(image_groups, [texts_of[key] for key in kept]),
         image_groups=image_groups,
-        owners=images,
         model=encoder.identity.name,
-        skipped=skipped,
-        seconds=time.monotonic() - began,
     )
-
-
-def _compare(
-    images: Embeddings,
-    texts: Embeddings,
-    *,
-    image_groups: Ints,
-    owners: Ints,
-    model: str,
-    skipped: list[Skipped],
-    seconds: float,
-) -> Evaluation:
-    """(n, d) pictures, (m, d) captions, `owners` (m,) the picture of each caption -> both directions."""
-    text_groups = image_groups[owners]
-    return Evaluation(
-        model=model,
-        images=len(images),
-        texts=len(texts),
-        text_to_image=summarise(
-            rank_groups(texts, images, query_groups=text_groups, candidate_groups=image_groups), clusters=owners
-        ),
-        image_to_text=summarise(
-            rank_groups(images, texts, query_groups=image_groups, candidate_groups=text_groups),
-            clusters=np.arange(len(images), dtype=np.int64),
-        ),
-        skipped=tuple(skipped),
-        seconds=seconds,
-    )
+    return replace(found, skipped=tuple(skipped), seconds=time.monotonic() - began)
 
 
 def _merge(pairs: Iterable[Pair], *, limit: int | None) -> tuple[list[Pair], list[Skipped]]:
@@ -165,21 +177,21 @@ def _merge(pairs: Iterable[Pair], *, limit: int | None) -> tuple[list[Pair], lis
     return list(merged.values()), skipped
 
 
-def _encode_images(
-    pairs: list[Pair], encoder: Encodes, *, loader: Loader, batch_size: int, skipped: list[Skipped]
+def image_rows(
+    paths: Sequence[str], *, encoder: Encodes, loader: Loader, batch_size: int, skipped: list[Skipped]
 ) -> Iterator[tuple[list[int], Embeddings]]:
-    """Batches of (positions in `pairs`, their (b, d) rows); what cannot be used goes to `skipped`."""
+    """Batches of (positions in `paths`, their (b, d) rows); what cannot be used goes to `skipped`."""
     keys: list[int] = []
     pixels: list[Pixels] = []
 
     def flush() -> tuple[list[int], Embeddings]:
         rows, usable = encoder.encode_pixels(np.stack(pixels), batch_size=batch_size)
         skipped.extend(
-            Skipped(pairs[key].image, SkipReason.BAD_EMBEDDING) for key, ok in zip(keys, usable, strict=True) if not ok
+            Skipped(paths[key], SkipReason.BAD_EMBEDDING) for key, ok in zip(keys, usable, strict=True) if not ok
         )
         return [key for key, ok in zip(keys, usable, strict=True) if ok], rows[usable]
 
-    for result in loader.load((key, pair.image) for key, pair in enumerate(pairs)):
+    for result in loader.load(enumerate(paths)):
         if isinstance(result, Failed):
             skipped.append(result.skipped)
             continue
@@ -193,7 +205,8 @@ def _encode_images(
         yield flush()
 
 
-def _encode_texts(texts: list[str], encoder: Encodes, *, batch_size: int, progress: Progress) -> Embeddings:
+def text_rows(texts: Sequence[str], *, encoder: Encodes, batch_size: int, progress: Progress) -> Embeddings:
+    """(n) texts, at least one -> (n, d) rows, telling `progress` of every text."""
     rows: list[Embeddings] = []
     step = batch_size * 8  # captions are short, and an encoder sorts them by length within what it gets
     for low in range(0, len(texts), step):

@@ -3,12 +3,14 @@
 Decisions:
 - Shares are between 0 and 1 everywhere; only a table multiplies by 100.
 - Ranks start at 1. The median of an even number of ranks is the mean of the two in the middle.
+- A direction keeps the ranks it was made of: two models are compared query by query. They are no part of JSON
+  and do not count when two evaluations are compared with ==.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,10 +41,23 @@ _SHARES: Mapping[str, Callable[[Ranked], Floats]] = {
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """One direction of retrieval. `values`: metric -> value; `intervals`: share -> its 95 % interval."""
+    """One direction of retrieval. `values`: metric -> value; `intervals`: share -> its 95 % interval.
+
+    `ranked`: the ranks of each of the q queries; `clusters` (q,): the group that each belongs to.
+    """
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    ranked: Ranked = field(compare=False, repr=False)
+    clusters: Ints = field(compare=False, repr=False)
+
+    def cell(self, metric: str) -> str:
+        """One metric as a table shows it."""
+        value = self.values[metric]
+        if metric not in self.intervals:
+            return f"{value:.1f}"
+        low, high = self.intervals[metric]
+        return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +70,23 @@ class Evaluation:
     text_to_image: Direction
     image_to_text: Direction
     skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Both directions by the names they have in JSON: `text_to_image`, `image_to_text`."""
+        return {"text_to_image": self.text_to_image, "image_to_text": self.image_to_text}
+
+    def figures(self) -> dict[str, float]:
+        """Every metric of both directions in one flat mapping: `text_to_image/hit@1` and so on."""
+        return {
+            f"{name}/{metric}": value for name, way in self.directions.items() for metric, value in way.values.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """JSON values: counts, both directions, and their 95 % intervals apart under `ci95`."""
-        ways = {"text_to_image": self.text_to_image, "image_to_text": self.image_to_text}
+        ways = self.directions
         return {
             "model": self.model,
             "images": self.images,
@@ -71,9 +98,18 @@ class Evaluation:
             },
         }
 
+    def lines(self) -> Iterator[str]:
+        """Both directions side by side: shares in per cent, ± half of their 95 % interval, and ranks."""
+        yield f"{self.model}: {self.images} images, {self.texts} texts, {self.seconds:.1f} s"
+        yield f"{'':<12} {'text -> image':>16} {'image -> text':>16}"
+        for metric in self.text_to_image.values:
+            cells = (way.cell(metric) for way in self.directions.values())
+            yield f"{metric:<12} " + " ".join(f"{cell:>16}" for cell in cells)
+        yield "Shares in per cent, ± half of the 95 % interval (bootstrap over images)."
+
 
 def summarise(ranked: Ranked, *, clusters: Ints) -> Direction:
-    """All metrics of one direction. `clusters` (q,): the image each query belongs to."""
+    """All metrics of one direction. `clusters` (q,): the picture or group each query belongs to."""
     shares = {name: metric(ranked) for name, metric in _SHARES.items()}
     return Direction(
         values={
@@ -82,4 +118,6 @@ def summarise(ranked: Ranked, *, clusters: Ints) -> Direction:
             "mean_rank": float(ranked.first.mean()),
         },
         intervals={name: interval(values, clusters) for name, values in shares.items()},
+        ranked=ranked,
+        clusters=clusters,
     )

@@ -10,7 +10,7 @@ Decisions:
 - Every file that takes part in an embedding has its xxh3_128 in config.json, compared on load: damage is
   found and named, never answered from.
 - The identity of a model covers weights, tokenizer and architecture: another pooling over the same weights
-  is another space.
+  is another space. A part that a model lacks (the item head) leaves its identity what it was before there was one.
 - Pickle is refused by name, before anything is opened. Opening and checking needs no torch.
 """
 
@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from mmsearch.errors import ModelError, ResourceError
-from mmsearch.towers.config import DualEncoderConfig
+from mmsearch.towers.config import DualEncoderConfig, no_item_fusion
 from mmsearch.types import ModelIdentity, Preprocessing
 
 if TYPE_CHECKING:
     from mmsearch.towers.dual_encoder import DualEncoder
+    from mmsearch.towers.item import ItemFusion
 
 FORMAT = 1
 WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
@@ -39,6 +40,7 @@ TEXT_GRAPH, IMAGE_GRAPH = "text.onnx", "image.onnx"
 _FORMAT_KEY = "mmsearch_format"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAX_CONFIG = 4 << 20
+_ITEM = "item."
 TOKEN_TABLE = "text.backbone.embeddings.word_embeddings.weight"
 
 
@@ -96,7 +98,7 @@ class Checkpoint:
     def identity(self) -> ModelIdentity:
         """Which vectors can be compared with this model's."""
         plain = self.config.to_json()
-        parts = {k: plain[k] for k in ("dim", "max_tokens", "text", "image")}
+        parts: dict[str, Any] = {k: plain[k] for k in ("dim", "max_tokens", "text", "image", "item") if k in plain}
         parts |= {"weights": self.files[WEIGHTS], "tokenizer": self.files[TOKENIZER]}
         digest = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
         return ModelIdentity(self.name, digest, self.config.preprocessing.digest(), self.config.dim)
@@ -202,6 +204,29 @@ def load_dual_encoder(directory: str | os.PathLike[str] | Checkpoint) -> DualEnc
     """The torch model of a checkpoint directory, in eval mode, on the CPU, float32."""
     opened = directory if isinstance(directory, Checkpoint) else Checkpoint.open(Path(directory))
     return _filled(opened.config, opened.directory / WEIGHTS)
+
+
+def load_item_fusion(opened: Checkpoint) -> ItemFusion:
+    """The head that joins an item's picture and text, alone: neither tower is built. Eval mode, CPU, float32.
+
+    Raises `ModelError` for a model without one, and for weights that do not fit it.
+    """
+    import torch
+
+    from mmsearch.towers.item import build_item_fusion
+    from mmsearch.towers.tensors import damaged, from_stored, read_tensors
+
+    if opened.config.item is None:
+        raise no_item_fusion(opened.name)
+    weights = opened.directory / WEIGHTS
+    stored = {k.removeprefix(_ITEM): v for k, v in read_tensors(weights).items() if k.startswith(_ITEM)}
+    with torch.device("meta"):  # a config that asks for too much costs a sentence, not the memory
+        head = build_item_fusion(opened.config.item, dim=opened.config.dim)
+    try:
+        head.load_state_dict(from_stored(stored), assign=True)
+    except RuntimeError as error:
+        raise damaged(weights, detail=str(error)) from error
+    return head.eval()
 
 
 def _filled(config: DualEncoderConfig, weights: Path) -> DualEncoder:

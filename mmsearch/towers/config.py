@@ -16,6 +16,7 @@ from mmsearch.errors import ModelError
 from mmsearch.types import Preprocessing
 
 PROJECTIONS = ("linear", "mlp", "residual")
+ITEM_FUSIONS = ("weighted", "gated", "concat")
 POOLINGS = ("avg", "max", "gem", "cls", "mean")
 FITS = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -102,14 +103,32 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemConfig:
+    """The head that joins an item's picture and text. `hidden`, `dropout`: of "concat"'s MLP; width 0 means 2 d."""
+
+    kind: str = "gated"
+    hidden: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("item kind", self.kind, ITEM_FUSIONS)
+        _whole("item hidden", self.hidden, low=0, high=65_536)
+        _number("item dropout", self.dropout, low=0.0, high=0.99)
+
+
+@dataclass(frozen=True, slots=True)
 class DualEncoderConfig:
-    """Both towers and what they share: `dim` is d, `max_tokens` the longest text in tokens (t)."""
+    """Both towers and what they share: `dim` is d, `max_tokens` the longest text in tokens (t).
+
+    `item`: the head for items with a picture and a text; None for a model without one.
+    """
 
     dim: int
     text: TextConfig = field(default_factory=TextConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     max_tokens: int = 64
+    item: ItemConfig | None = None
 
     def __post_init__(self) -> None:
         _whole("dim", self.dim, low=1, high=8192)
@@ -120,13 +139,15 @@ class DualEncoderConfig:
         """Plain JSON values; `from_json` reads them back to an equal config."""
         plain = asdict(self)
         plain["text"]["backbone"] = dict(self.text.backbone)
+        if self.item is None:
+            del plain["item"]  # a model without the head is written, and identified, as before there was one
         return plain
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DualEncoderConfig:
         """Check plain values from anywhere; `ModelError` names the first that cannot be."""
         text, image = _section(values, "text"), _section(values, "image")
-        anchors = image.get("anchors")
+        anchors, item = image.get("anchors"), values.get("item")
         return cls(
             dim=values.get("dim", 0),
             max_tokens=values.get("max_tokens", 64),
@@ -138,7 +159,18 @@ class DualEncoderConfig:
                 projection=_make(ProjectionConfig, _section(image, "projection")),
                 anchors=None if anchors is None else _make(AnchorsConfig, _section(image, "anchors")),
             ),
+            item=None if item is None else _make(ItemConfig, _section(values, "item")),
         )
+
+
+def no_item_fusion(where: str) -> ModelError:
+    """The error for a model that is asked to join pictures and texts and never learned to."""
+    return ModelError(
+        where,
+        expected="a model with a head that joins an item's picture and text",
+        got="one without",
+        do="Train one with an item head, or keep pictures and texts separate.",
+    )
 
 
 def preprocessing_from_json(values: Mapping[str, Any]) -> Preprocessing:

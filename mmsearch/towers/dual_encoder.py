@@ -1,4 +1,4 @@
-"""Two towers, one space: texts and pictures as unit rows that can be compared by cosine.
+"""Two towers, one space: texts and pictures as unit rows that can be compared by cosine; an item's two as one.
 
 Decisions:
 - Pictures come in as uint8 (b, s, s, 3), as decoders give them; scaling to the backbone's mean and deviation
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from mmsearch.errors import ModelError
 from mmsearch.towers.base import build_text_tower
-from mmsearch.towers.config import DualEncoderConfig
+from mmsearch.towers.config import DualEncoderConfig, no_item_fusion
 from mmsearch.towers.image import ImageTower
+from mmsearch.towers.item import build_item_fusion
 
 MAX_LOGIT_SCALE = 100.0
 _START_LOG_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class DualEncoder(nn.Module):
-    """A text tower, an image tower and a learned temperature; `config` says what they are made of."""
+    """A text tower, an image tower, a learned temperature and perhaps a head for items; `config` says which."""
 
     mean: Tensor
     std: Tensor
@@ -39,6 +40,7 @@ class DualEncoder(nn.Module):
         self.text = text
         self.image = ImageTower(config.image, dim=config.dim, size=config.preprocessing.size)
         self.log_logit_scale = nn.Parameter(torch.tensor(_START_LOG_LOGIT_SCALE))
+        self.item = None if config.item is None else build_item_fusion(config.item, dim=config.dim)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(config.preprocessing, name)).reshape(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -61,6 +63,18 @@ class DualEncoder(nn.Module):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(b, s, s, 3) uint8 -> (b, d) float32 unit rows."""
         rows: Tensor = self.image(self.normalise_pixels(pixels))
+        return rows
+
+    def item_rows(
+        self, image: Tensor, text: Tensor, *, has_image: Tensor | None = None, has_text: Tensor | None = None
+    ) -> Tensor:
+        """Unit rows of each item's picture and text, (b, d) and (b, d) -> (b, d) unit rows; see `item.ItemFusion`.
+
+        `has_image`, `has_text`: (b,) bool, None means all. Raises `ModelError` when this model has no head for items.
+        """
+        if self.item is None:
+            raise no_item_fusion("the model")
+        rows: Tensor = self.item(image, text, has_image=has_image, has_text=has_text)
         return rows
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

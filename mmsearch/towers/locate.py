@@ -3,6 +3,7 @@
 Decisions:
 - A plain string is a directory only if there is one, or if it starts like a path (./ ../ / ~); else it is the
   bundled model's name, else OWNER/NAME[@REVISION] on the hub. Nothing is guessed from how it ends.
+- The folder of a training run may be named instead of the checkpoint in it.
 - The hub is asked only when a hub name was given, for the few files a model is made of, never for pickles.
   Without a network that is one sentence.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from mmsearch.errors import MissingExtraError, ModelError
 from mmsearch.towers.checkpoint import CONFIG, read_config, refuse_pickle
 
+BEST = "best"
+"""Where a training run keeps its best checkpoint, below its own folder."""
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,80})?", re.ASCII)
 _PATH_STARTS = ("./", "../", "/", "~")
@@ -60,6 +63,9 @@ def _directory(path: Path) -> Path:
     refuse_pickle(path)
     if not path.is_dir():
         raise ModelError(str(path), expected="a model directory", got="a file" if path.exists() else "nothing there")
+    # A training run's folder stands for its best checkpoint, which is whole at any moment.
+    if not (path / CONFIG).exists() and (path / BEST / CONFIG).exists():
+        return path / BEST
     return path
 
 

@@ -65,6 +65,16 @@ class Tokeniser:
                 str(path), expected="a tokenizer.json", got=str(error)[:120], do="Copy the model again."
             ) from error
 
+    @classmethod
+    def from_json(cls, text: str, *, max_tokens: int) -> Tokeniser:
+        """As `from_file`, from the JSON text itself."""
+        try:
+            return cls(Tokenizer.from_str(text), max_tokens=max_tokens)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError("tokenizer.json", expected="a tokenizer", got=str(error)[:120]) from error
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """(b) texts -> `Tokens`, cut at `max_tokens`."""
         clean = [self._clean(text) for text in texts]

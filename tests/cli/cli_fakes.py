@@ -78,6 +78,18 @@ class FakeLibrary(Library):
         self._called("evaluate", pairs=pairs, **options)
         return self.facts
 
+    def compare(self, pairs, **options):
+        self._called("compare", pairs=pairs, **options)
+        return self.facts
+
+    def classify(self, folder, **options):
+        self._called("classify", folder=folder, **options)
+        return self.facts
+
+    def compare_classes(self, folder, **options):
+        self._called("compare_classes", folder=folder, **options)
+        return self.facts
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -1,15 +1,20 @@
 """The smaller verbs: info, verify, models, demo, eval, and the table that people see."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_fakes import FakeLibrary, hit
 
 from mmsearch.cli.demo import PHOTOS, QUERIES, sample_photos
 from mmsearch.cli.hits import print_table
 from mmsearch.cli.terminal import as_json, plural, shown
+from mmsearch.evaluate.classification import classify_rows, compare_classes
+from mmsearch.evaluate.comparison import compare
 from mmsearch.evaluate.metrics import Ranked
 from mmsearch.evaluate.report import Evaluation, summarise
 from mmsearch.store.base import Problem
@@ -81,6 +86,57 @@ def test_eval_options_reach_the_evaluator(mmsearch):
     assert told == {
         "pairs": "p", "split": "test", "model": "m", "limit": 9, "device": "cpu", "batch_size": 64, "workers": None,
     }  # fmt: skip
+
+
+def classification():
+    rows = np.eye(2, dtype=np.float32)
+    named = classify_rows(rows[[0, 1, 0]], rows, labels=np.array([0, 1, 1]), names=["cat", "d\x1bog"], model="bundled")
+    return dataclasses.replace(named, warnings=("no readable picture of emu: the class is left out",))
+
+
+def test_eval_compare_shows_both_models_and_what_changed(mmsearch):
+    """Both tables, then before, after, difference and a word; --model is what is measured against --compare."""
+    library = FakeLibrary(facts=compare(evaluation(), evaluation()))
+    ended = mmsearch("eval", "p", "--model", "mine", "--compare", "bundled", "--split", "test", library=library)
+    told = dict(library.calls)["compare"]
+    assert (told["before"], told["after"], told["split"], told["pairs"]) == ("bundled", "mine", "test", "p")
+    assert sum(line.startswith("mrr@10") for line in ended.out.splitlines()) == 2
+    assert ended.out.count("no clear change") == 6
+    read = json.loads(mmsearch("eval", "p", "--compare", "bundled", "--json", library=library).out)
+    assert read["differences"]["text_to_image"]["hit@1"]["verdict"] == "no clear change"
+    assert set(read) == {"before", "after", "differences"}
+
+
+def test_eval_of_class_folders(mmsearch, tmp_path):
+    """Shares in per cent, the worst classes made harmless to a terminal, warnings on stderr; JSON on request."""
+    library = FakeLibrary(facts=classification())
+    line = ("eval", "--classes", "birds", "--templates", "t.txt", "--exclude", "B*", "--limit", "4")
+    ended = mmsearch(*line, library=library)
+    told = dict(library.calls)["classify"]
+    assert (told["folder"], told["templates"], told["exclude"], told["limit"]) == ("birds", Path("t.txt"), ["B*"], 4)
+    assert next(row for row in ended.out.splitlines() if row.startswith("top-1")).split()[1] == "66.7"
+    assert "d\\x1bog" in ended.out
+    assert ended.err == "warning: no readable picture of emu: the class is left out\n"
+    assert json.loads(mmsearch("eval", "--classes", "b", "--json", library=library).out)["top1"] == pytest.approx(2 / 3)
+
+
+def test_eval_of_class_folders_with_two_models(mmsearch):
+    """--compare works for names too."""
+    library = FakeLibrary(facts=compare_classes(classification(), classification()))
+    ended = mmsearch("eval", "--classes", "birds", "--compare", "bundled", library=library)
+    assert dict(library.calls)["compare_classes"]["before"] == "bundled"
+    assert ended.out.count("no clear change") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "p --classes c", "p --templates t", "p --exclude x", "--classes c --split test", "--classes c --rerank 5"],
+)
+def test_eval_refuses_what_does_not_go_together(mmsearch, line):
+    """Said before a model is loaded, with exit 2."""
+    library = FakeLibrary(facts=evaluation())
+    assert mmsearch("eval", *line.split(), library=library).code == 2
+    assert library.calls == []
 
 
 def test_the_demo_indexes_real_photos_and_asks_three_questions(mmsearch):

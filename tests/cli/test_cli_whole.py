@@ -149,3 +149,19 @@ def test_eval_of_side_car_captions(colours):
     read = json.loads(ended.out)
     assert (read["images"], read["texts"]) == (7, 7)  # cyan.txt lost its picture when that was renamed
     assert read["text_to_image"]["hit@1"] == read["image_to_text"]["hit@1"] == 1.0
+
+
+def test_eval_of_class_folders_and_of_two_models(colours, tmp_path):
+    """Real files through the real library: names from folders, and a model that does not differ from itself."""
+    for name in ("red", "green", "blue"):
+        (tmp_path / "classes" / f"so_{name}").mkdir(parents=True)
+        os.link(tmp_path / "photos" / f"{name}.png", tmp_path / "classes" / f"so_{name}" / "1.png")
+    (tmp_path / "templates.txt").write_text("{}\nall {}\n")
+    named = colours("eval", "--classes", "classes", "--templates", "templates.txt", "--workers", "1", "--json")
+    read = json.loads(named.out)
+    assert (read["images"], read["templates"], read["top1"]) == (3, 2, 1.0)
+    for what in (("photos",), ("--classes", "classes")):
+        both = colours("eval", *what, "--compare", "bundled", "--workers", "1")
+        assert both.code == 0
+        assert "rises" not in both.out
+        assert "no clear change" in both.out

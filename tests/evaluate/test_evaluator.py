@@ -9,7 +9,8 @@ from PIL import Image
 
 from mmsearch.data.loading import Failed, Loaded
 from mmsearch.errors import InputError, UsageError
-from mmsearch.evaluate.evaluator import evaluate_file, evaluate_pairs
+from mmsearch.evaluate.comparison import Verdict, compare
+from mmsearch.evaluate.evaluator import compare_file, evaluate_file, evaluate_pairs
 from mmsearch.similarity import normalise
 from mmsearch.types import ModelIdentity, Pair, Preprocessing, Skipped, SkipReason
 
@@ -176,6 +177,43 @@ def test_a_file_of_pairs_with_real_pictures(tmp_path):
     found = evaluate_file(tmp_path / "pairs.jsonl", encoder=NamesColours(), split="test", workers=1)
     assert (found.images, found.texts) == (4, 8)
     assert found.to_json()["image_to_text"]["recall@5"] == 1.0
+
+
+def colour_files(folder) -> Path:
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (9, 7), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+def test_two_models_on_the_same_file(tmp_path):
+    """The one that mixes everything up falls; each is loaded when its turn comes; one bar ends at its total."""
+    told, loaded = Told(), []
+
+    class Wrong(NamesColours):
+        def encode_texts(self, texts, *, batch_size=64):
+            return super().encode_texts(["cyan" if text == "red" else "red" for text in texts])
+
+    def load(kind):
+        loaded.append(kind)
+        return kind()
+
+    found = compare_file(
+        colour_files(tmp_path), before=lambda: load(NamesColours), after=lambda: load(Wrong), workers=1, progress=told
+    )
+    assert found.differences["text_to_image"]["hit@1"].verdict is Verdict.FALLS
+    assert loaded == [NamesColours, Wrong]
+    assert told.done == told.total == 20
+
+
+def test_models_that_skip_other_pictures_are_not_compared():
+    """As many pictures in both, but not the same ones: their queries must not be paired by position."""
+    grey, blue = Pair("grey.png", ("red",), "grey"), pair("blue")
+    one = run([pair("red"), grey, blue, Pair("green.png", ("green",), "green")])
+    other = run([pair("red"), pair("yellow"), Pair("broken.png", ("x",), "b"), Pair("green.png", ("green",), "green")])
+    assert one.images == other.images == 3
+    with pytest.raises(UsageError, match="same pictures"):
+        compare(one, other)
 
 
 def test_a_second_stage_is_refused_until_there_is_one(tmp_path):

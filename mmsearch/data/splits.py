@@ -1,0 +1,32 @@
+"""Names of splits: which ones mean the same, and which one a path names."""
+
+from __future__ import annotations
+
+import re
+
+_ALIASES = {
+    "dev": "val",
+    "valid": "val",
+    "validation": "val",
+    "training": "train",
+    "restval": "train",
+    "testing": "test",
+}
+_NAMED = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test)(?=$|[^a-z])")
+
+
+def canonical_split(split: str) -> str:
+    """The one name of a split: "val" for "dev" and "validation", "train" for "training" and "restval"."""
+    lower = split.strip().lower()
+    return _ALIASES.get(lower, lower)
+
+
+def split_in(path: str) -> str | None:
+    """The split that a file's name is or begins a word with, else one of its folders, from the last one up.
+
+    Known values: "data/train-00000.parquet" -> "train", "test/000.tar" -> "test", "attestation.tar" -> None.
+    """
+    for part in reversed(path.lower().split("/")):
+        if found := _NAMED.search(part):
+            return canonical_split(found[1])
+    return None

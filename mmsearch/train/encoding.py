@@ -1,0 +1,160 @@
+"""A dual encoder as a training step runs it: precision, memory format, padding and frozen first stages.
+
+Decisions:
+- Backbones run in half precision under autocast, projection heads and everything after them in float32: that is
+  little work, and cosines times a logit_scale of 100 need the digits.
+- On a CPU the captions of a batch are encoded in pieces of similar length. Padding changes no row, but in a batch of
+  128 captions it is more than half of the work.
+- bfloat16 is chosen by itself only where the processor computes in it; elsewhere it would be slower than float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmsearch.errors import UsageError
+from mmsearch.towers.dual_encoder import DualEncoder
+from mmsearch.train.depthwise import fast_depthwise
+from mmsearch.train.prefix import FrozenPrefix
+
+_PIECE = 32
+_CPU_FLAGS = Path("/proc/cpuinfo")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """`device`, or the first GPU, or the CPU for "auto"; `UsageError` when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("device", expected="cpu, or a CUDA device that torch can use", got=device)
+    return torch.device(device)
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """float32, bfloat16 or float16 for "fp32", "bf16", "fp16"; for "auto" bfloat16 where the hardware computes in it."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UsageError("precision", expected="fp32 or bf16 on a CPU", got="fp16")
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        return "avx512_bf16" in _CPU_FLAGS.read_text() or "amx_bf16" in _CPU_FLAGS.read_text()
+    except OSError:
+        return False
+
+
+class TowerPass:
+    """Rows of pictures and captions with gradients, as `dtype` on `device`.
+
+    `prefix`: pictures then arrive as the outputs of its stages. `feature_dropout`: of pooled picture features, before
+    the projection head; the anchors' classifier sees them whole.
+    """
+
+    def __init__(
+        self, model: DualEncoder, *, dtype: torch.dtype, device: torch.device, prefix: FrozenPrefix | None = None,
+        feature_dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.model, self.dtype, self.device, self.prefix = model.to(device), dtype, device, prefix
+        self._dropout = feature_dropout
+        if dtype != torch.float32 and device.type in ("cpu", "cuda"):
+            model.image.backbone.to(memory_format=torch.channels_last)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What the backbones run under."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the length of a run: convolutions with the faster backward pass."""
+        with fast_depthwise(self.model.image.backbone):
+            yield
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(b, s, s, 3) uint8 -> (b, 3, s, s) on the device, in the memory format that is fastest there."""
+        images = self.model.normalise_pixels(pixels.to(self.device, non_blocking=True))
+        return images.contiguous(memory_format=torch.channels_last) if self.dtype != torch.float32 else images
+
+    @torch.no_grad()
+    def prefix_outputs(self, pixels: Tensor) -> Tensor:
+        """(b, s, s, 3) uint8 -> what the frozen stages make of them, on the CPU."""
+        assert self.prefix is not None  # for the type checker
+        with self.autocast():
+            return self.prefix.outputs(self.normalised(pixels)).float().cpu()
+
+    def images(self, images: Tensor) -> Tensor:
+        """(b, s, s, 3) uint8, or (b, ...) outputs of the prefix -> (b, d) float32 unit rows."""
+        with self.autocast():
+            if self.prefix is None:
+                features = self.model.image.backbone(self.normalised(images))
+            else:
+                outputs = images.to(self.device, torch.float32)
+                if outputs.ndim == 4:
+                    outputs = outputs.contiguous(memory_format=torch.channels_last)
+                features = self.prefix.rest(outputs)
+            pooled = self.model.image.pooling(features)
+        return self._embed(pooled.float())
+
+    def _embed(self, pooled: Tensor) -> Tensor:
+        tower = self.model.image
+        if not (self._dropout and tower.training):
+            return tower.embed(pooled)
+        rows = tower.projection(functional.dropout(pooled, self._dropout))
+        if tower.anchors is not None:
+            rows = functional.normalize(rows, dim=-1) + tower.anchors(pooled)
+        return functional.normalize(rows, dim=-1)
+
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(b, t) int64 each -> (b, d) float32 unit rows."""
+        if self.device.type != "cpu" or len(ids) <= _PIECE:
+            return self._texts(ids, mask)
+        order = mask.sum(dim=1).argsort(stable=True)
+        rows = torch.cat([self._texts(ids[part], mask[part]) for part in order.split(_PIECE)])
+        return rows[order.argsort()]
+
+    def _texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        longest = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
+        ids, mask = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device)
+        tower = self.model.text
+        with self.autocast():
+            pooled = tower.pooled(ids, mask)
+        embedded: Tensor = tower.embed(pooled.float())
+        return embedded
+
+
+def checkpoint_activations(model: DualEncoder) -> list[str]:
+    """Recompute activations in the backward pass where a backbone knows how; -> the sides that do not know."""
+    unable: list[str] = []
+    text, image = model.text.backbone, getattr(model.image.backbone, "model", model.image.backbone)
+    if hasattr(text, "gradient_checkpointing_enable"):
+        text.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        unable.append("text")
+    switch = getattr(image, "set_grad_checkpointing", None)
+    if not callable(switch) or not _switched(switch):
+        unable.append("image")
+    return unable
+
+
+def _switched(switch: object) -> bool:
+    try:
+        switch(True)  # type: ignore[operator]
+    except (AssertionError, NotImplementedError):  # timm's way of saying that a model has none
+        return False
+    return True
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Every parameter of `modules` that learns."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,228 @@
+"""What a run trains on and what it is measured on: pairs of all sources, split by group, checked before any work.
+
+Decisions:
+- Only whole groups are held out, and always the same ones: a group's place is decided by a hash of its name below its
+  source and the seed. Rows that are added or sorted differently move no other group to the other side.
+- A group named by a table means something in that table only: "7" in two tables is not one thing.
+- Rows of other splits ("test") are left alone, so that a later evaluation on them is honest.
+- What would make the numbers lie (a leak, one caption for everything) is an error; what makes them coarse is a warning.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from mmsearch.data.pairs import read_pairs
+from mmsearch.data.splits import canonical_split
+from mmsearch.errors import InputError, UsageError
+from mmsearch.types import Pair, Skipped
+
+MOST_HELD_OUT = 5000
+"""Groups that are held out at most: hit@k over so many has an interval of 1.4 points, and more only costs time."""
+
+_FEW_HELD_OUT = 30
+_SAME_TEXTS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One path to train on, in any format of `data.pairs.read_pairs`.
+
+    `repeat`: how often each of its pictures comes in an epoch. `split`, `val_split`: what to train on and what to
+    measure on, where its rows name a split; rows without a name count as training rows.
+    """
+
+    path: str
+    repeat: int = 1
+    split: str = "train"
+    val_split: str = "val"
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """`repeats[i]`: how often `train[i]` comes in an epoch. No group and no picture is in both `train` and `val`."""
+
+    train: tuple[Pair, ...]
+    repeats: tuple[int, ...]
+    val: tuple[Pair, ...]
+    skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A pair on its way: `key` places its group, in [0, 2**64), the same for all pairs of the group."""
+
+    pair: Pair
+    repeat: int
+    key: int
+
+
+def read_examples(
+    sources: Sequence[DataSource], *, val_share: float = 0.1, seed: int = 0, limit: int | None = None
+) -> Examples:
+    """Read all sources, hold out what has to be, and check that training on the rest can mean something.
+
+    A source whose rows name `val_split` is split as it says; of any other, `val_share` of the groups are held out
+    (at least one, at most `MOST_HELD_OUT`, never so many that fewer than two are left; 0 holds out none).
+    `limit`: train on so many pairs only, whole groups as long as they fit, chosen by `seed`; a share that is held out
+    is then a share of that many.
+
+    Raises `InputError` where there is nothing to train on, nothing to contrast (one group, one caption for all), or
+    where a group or a picture would be both trained on and measured on; `UsageError` for numbers that cannot be.
+    """
+    _check_numbers(sources, val_share=val_share, limit=limit)
+    skipped: list[Skipped] = []
+    train: list[_Member] = []
+    val: list[Pair] = []
+    for source in sources:
+        own, held_out = _read_source(source, seed=seed, skipped=skipped)
+        if not held_out:
+            own, held_out = _hold_out(own, share=val_share, limit=limit)
+        train.extend(own)
+        val.extend(held_out)
+    train = _limited(train, limit)
+    pairs = [member.pair for member in train]
+    _check_contrast(pairs, where=", ".join(source.path for source in sources))
+    _check_leak(pairs, val)
+    warnings = (*_about_skipped(skipped), *_about_texts(pairs, val), *_about_val(val))
+    return Examples(tuple(pairs), tuple(member.repeat for member in train), tuple(val), tuple(skipped), warnings)
+
+
+def _check_numbers(sources: Sequence[DataSource], *, val_share: float, limit: int | None) -> None:
+    if not sources:
+        raise UsageError("sources", expected="at least one", got="none", do="Name a table or a folder.")
+    if not 0.0 <= val_share < 1.0:
+        raise UsageError("val_share", expected="0 or more and less than 1", got=str(val_share))
+    if limit is not None and limit < 1:
+        raise UsageError("limit", expected="1 or more", got=str(limit))
+    for source in sources:
+        if source.repeat < 1:
+            raise UsageError(f"repeat of {source.path}", expected="1 or more", got=str(source.repeat))
+
+
+def _read_source(source: DataSource, *, seed: int, skipped: list[Skipped]) -> tuple[list[_Member], list[Pair]]:
+    """What a source says to train on, and what it says to measure on (nothing where both splits are the same)."""
+    wanted, measured = canonical_split(source.split), canonical_split(source.val_split)
+    base, seen = os.path.abspath(source.path), set()
+    train: list[_Member] = []
+    val: list[Pair] = []
+    for pair in read_pairs(source.path, on_skip=skipped.append):
+        seen.add(pair.split or "none")
+        named = pair if pair.group == pair.image else replace(pair, group=f"{base}#{pair.group}")
+        if pair.split in (wanted, None):
+            train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed)))
+        elif pair.split == measured:
+            val.append(named)
+    if not train:
+        first = f", the first skipped: {skipped[0].path} ({skipped[0].reason})" if skipped else ""
+        got = f"only {', '.join(sorted(seen))}" if seen else f"no pairs at all{first}"
+        raise InputError(
+            source.path, expected=f"pairs of split {source.split}", got=got, do="Name another split, or another path."
+        )
+    return train, val
+
+
+def _key(group: str, *, base: str, seed: int) -> int:
+    below = group.removeprefix(base).removeprefix(os.path.dirname(base))  # a data set that moved is split as before
+    return int(xxhash.xxh3_64_intdigest(below.encode("utf-8", "surrogateescape"), seed=seed & (2**64 - 1)))
+
+
+def _hold_out(members: list[_Member], *, share: float, limit: int | None) -> tuple[list[_Member], list[Pair]]:
+    """(train, val): the groups with the smallest keys are held out."""
+    groups = {member.pair.group: member.key for member in members}
+    of_all = min(len(groups), limit or len(groups))
+    count = min(max(1, round(share * of_all)), MOST_HELD_OUT, len(groups) - 2) if share else 0
+    if count < 1:
+        return members, []
+    chosen = set(sorted(groups, key=lambda group: (groups[group], group))[:count])
+    return (
+        [member for member in members if member.pair.group not in chosen],
+        [member.pair for member in members if member.pair.group in chosen],
+    )
+
+
+def _limited(members: list[_Member], limit: int | None) -> list[_Member]:
+    """At most `limit` of them, group after group from the largest key down, in the order they had."""
+    if limit is None or len(members) <= limit:
+        return members
+    order = sorted(range(len(members)), key=lambda i: (-members[i].key, members[i].pair.group, i))
+    return [members[i] for i in sorted(order[:limit])]
+
+
+def _check_contrast(pairs: Sequence[Pair], *, where: str) -> None:
+    if len({pair.group for pair in pairs}) < 2:
+        got = f"{len(pairs)} of one group" if pairs else "none"
+        raise InputError(
+            where, expected="pairs of at least two groups to tell apart", got=got, do="Add other pictures."
+        )
+    captions = {_plain(caption) for pair in pairs for caption in pair.captions}
+    if len(captions) < 2:
+        raise InputError(
+            where,
+            expected="captions that differ between pictures",
+            got=f'"{next(iter(captions), "")[:60]}" for all {len(pairs)}',
+            do="Check the column that captions are read from.",
+        )
+
+
+def _check_leak(train: Iterable[Pair], val: Iterable[Pair]) -> None:
+    groups, images = set(), set()
+    for pair in train:
+        groups.add(pair.group)
+        images.add(pair.image)
+    for pair in val:
+        if pair.image in images or pair.group in groups:
+            what = "picture" if pair.image in images else f"group {pair.group}"
+            raise InputError(
+                pair.image,
+                expected="a picture and its group in one split only",
+                got=f"the {what} both to train on and to measure on",
+                do="Take it out of one of the splits.",
+            )
+
+
+def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
+    if not skipped:
+        return []
+    counts = Counter(str(one.reason) for one in skipped)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    first = f"{skipped[0].path}: {skipped[0].detail}" if skipped[0].detail else skipped[0].path
+    return [f"{len(skipped)} left out of the data ({reasons}), the first: {first}"]
+
+
+def _about_texts(train: Sequence[Pair], val: Sequence[Pair]) -> list[str]:
+    """Texts that stand for several pictures: as negatives they are false, in validation they are known already."""
+    notes = []
+    counts = Counter(_plain(caption) for pair in train for caption in set(pair.captions))
+    (text, most), total = counts.most_common(1)[0], counts.total()
+    if most > 1 and most > _SAME_TEXTS * total:
+        notes.append(
+            f'{most} of {total} captions are "{text[:60]}": pictures with one caption cannot be told apart '
+            "by it; give them one group, or other captions"
+        )
+    known = [_plain(caption) in counts for pair in val for caption in pair.captions]
+    if sum(known) > _SAME_TEXTS * len(known):
+        notes.append(
+            f"{sum(known)} of {len(known)} validation captions are also captions of training pictures: "
+            "validation looks better than new texts will do"
+        )
+    return notes
+
+
+def _about_val(val: Sequence[Pair]) -> list[str]:
+    count = len({pair.group for pair in val})
+    if not count:
+        return ["no pairs are held out: nothing says when training turns into learning by heart"]
+    if count < _FEW_HELD_OUT:
+        return [f"only {count} groups are held out: their hit@k is coarse"]
+    return []
+
+
+def _plain(caption: str) -> str:
+    return " ".join(caption.lower().split())

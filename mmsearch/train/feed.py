@@ -1,0 +1,212 @@
+"""Planned batches as tensors: pictures decoded and augmented by worker processes, captions tokenised here.
+
+Decisions:
+- Pictures go through the decode workers of `data.loading`, not torch's loader: they are no forks of a process that
+  holds a GPU and threads, they start in 0.2 s without torch, and a picture that crashes or hangs costs itself only.
+- What a batch holds depends on its draws alone, never on the number of workers or on what was fed before.
+- A draw whose picture cannot be used is left out of its batch; no other takes its place. A batch may come out smaller,
+  or empty, and there is one for each that was planned, so that steps can be counted by the plan.
+- A picture found unfit is not read again from the next plan on, unless the reason may pass (a mount that was away).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmsearch.data.images import open_image, prepare
+from mmsearch.data.loading import Failed, Loader, Request
+from mmsearch.data.packed import read_picture
+from mmsearch.data.worker import Opener
+from mmsearch.errors import ImageError
+from mmsearch.towers.tokenise import Tokeniser
+from mmsearch.train.augment import Augmentation, drop_words, names_a_side
+from mmsearch.train.batches import Draw, Ints, numbered
+from mmsearch.train.prefetch import prefetched
+from mmsearch.train.views import open_view, view_of
+from mmsearch.types import Pair, Pixels, Preprocessing, Skipped, SkipReason
+
+_WORKER = "mmsearch.train.views"
+_AHEAD = 1  # with the one in use and the one in the making, three batches are held at a time
+_MAY_PASS = frozenset({SkipReason.VANISHED, SkipReason.UNREADABLE, SkipReason.CHANGING, SkipReason.OUT_OF_MEMORY})
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step trains on; place i of everything belongs to `draws[i]`.
+
+    `images`: (b, s, s, 3) uint8. `ids`, `mask`: (b, t) int64, padded to the longest, mask 1 for tokens.
+    `groups`: (b,) int64, equal for pictures of one group. `captions`: (b) as they were tokenised.
+    """
+
+    draws: list[Draw]
+    images: Tensor
+    ids: Tensor
+    mask: Tensor
+    groups: Tensor
+    captions: list[str]
+
+
+class PixelFeed:
+    """Makes batches of `pairs`. A context manager; for one thread at a time.
+
+    `augmentation`: how far views and captions vary, None for the plain ones. `workers`: decoding processes, started
+    when first needed; 0 decodes in the caller's thread, None takes one a core. `on_skip` hears of each picture that
+    cannot be used, once, when its batch is handed out. `timeout_s`: the longest one picture may take in a worker.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        preprocessing: Preprocessing,
+        tokeniser: Tokeniser,
+        augmentation: Augmentation | None,
+        workers: int | None,
+        on_skip: Callable[[Skipped], None],
+        timeout_s: float = 20.0,
+    ) -> None:
+        self._pairs, self._preprocessing, self._tokeniser = pairs, preprocessing, tokeniser
+        self._augmentation, self._on_skip = augmentation, on_skip
+        self._groups = numbered(pair.group for pair in pairs)
+        self._unfit: set[int] = set()
+        self._told: set[int] = set()
+        self._loader = (
+            None
+            if workers == 0
+            else Loader(preprocessing=preprocessing, workers=workers, timeout_s=timeout_s, worker=_WORKER)
+        )
+
+    def __enter__(self) -> PixelFeed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. May be called twice."""
+        if self._loader is not None:
+            self._loader.close()
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that are running."""
+        return self._loader.worker_pids if self._loader else ()
+
+    def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
+        """One batch for each of `plan`, in order; the next ones are made while one is trained on.
+
+        Raises `ResourceError` when workers cannot be started. Finish or close one before you start another.
+        """
+        wanted = [[draw for draw in draws if draw.row not in self._unfit] for draws in plan]
+        made = self._made(wanted) if self._loader is None else prefetched(lambda: self._made(wanted), depth=_AHEAD)
+        with closing(made):
+            for batch, failed in made:
+                for draw, skipped in failed:
+                    self._report(draw, skipped)
+                yield batch
+
+    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(b) texts -> ids, mask: (b, t) int64; (0, 1) for no texts."""
+        if not captions:
+            return torch.zeros((0, 1), dtype=torch.int64), torch.zeros((0, 1), dtype=torch.int64)
+        tokens = self._tokeniser(captions)
+        return torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask)
+
+    def _made(self, plan: list[list[Draw]]) -> Generator[tuple[Batch, list[tuple[Draw, Skipped]]], None, None]:
+        size = self._preprocessing.size
+        requests = (self._request(draw) for draws in plan for draw in draws)
+        with closing(_decoded(requests, self._loader, self._preprocessing)) as results:
+            for draws in plan:
+                images = np.empty((len(draws), size, size, 3), np.uint8)
+                kept: list[Draw] = []
+                failed: list[tuple[Draw, Skipped]] = []
+                for draw, result in zip(draws, itertools.islice(results, len(draws)), strict=True):
+                    if isinstance(result, Skipped):
+                        failed.append((draw, result))
+                    else:
+                        images[len(kept)] = result
+                        kept.append(draw)
+                yield self._batch(kept, images[: len(kept)]), failed
+
+    def _request(self, draw: Draw) -> Request:
+        pair = self._pairs[draw.row]
+        may_flip = not names_a_side([pair.captions[draw.caption]])
+        return draw.row, pair.image, view_of(self._augmentation, seed=draw.seed, may_flip=may_flip)
+
+    def _batch(self, draws: list[Draw], images: Pixels) -> Batch:
+        captions = [self._caption(draw) for draw in draws]
+        ids, mask = self.tokens(captions)
+        groups = torch.from_numpy(self._groups[[draw.row for draw in draws]])
+        return Batch(draws, torch.from_numpy(images), ids, mask, groups, captions)
+
+    def _caption(self, draw: Draw) -> str:
+        caption = self._pairs[draw.row].captions[draw.caption]
+        probability = self._augmentation.word_drop if self._augmentation else 0.0
+        return drop_words(caption, probability, seed=draw.seed) if probability else caption
+
+    def _report(self, draw: Draw, skipped: Skipped) -> None:
+        if skipped.reason not in _MAY_PASS:
+            self._unfit.add(draw.row)
+        if draw.row not in self._told:
+            self._told.add(draw.row)
+            self._on_skip(skipped)
+
+
+def plain_pixels(
+    images: Sequence[str],
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int | None,
+    on_skip: Callable[[Skipped], None],
+) -> Iterator[tuple[Ints, Pixels]]:
+    """Pictures as they are encoded, for validation: batches of (positions (b,) int64, (b, s, s, 3) uint8).
+
+    A picture that cannot be read is reported and left out; `workers` as in `PixelFeed`.
+    """
+    loader = None if workers == 0 else Loader(preprocessing=preprocessing, workers=workers)
+    try:
+        results = _decoded(enumerate(images), loader, preprocessing, opener=open_image)
+        with closing(results):
+            usable = _usable(results, on_skip)
+            while part := list(itertools.islice(usable, batch_size)):
+                yield np.array([i for i, _ in part], np.int64), np.stack([pixels for _, pixels in part])
+    finally:
+        if loader is not None:
+            loader.close()
+
+
+def _usable(results: Iterable[Pixels | Skipped], on_skip: Callable[[Skipped], None]) -> Iterator[tuple[int, Pixels]]:
+    for position, result in enumerate(results):
+        if isinstance(result, Skipped):
+            on_skip(result)
+        else:
+            yield position, result
+
+
+def _decoded(
+    requests: Iterable[Request], loader: Loader | None, preprocessing: Preprocessing, *, opener: Opener = open_view
+) -> Generator[Pixels | Skipped, None, None]:
+    """A result for each request, in order; without a loader they are decoded here, by `opener`."""
+    if loader is not None:
+        for loaded in loader.load(requests):
+            yield loaded.skipped if isinstance(loaded, Failed) else loaded.pixels
+        return
+    for request in requests:
+        path, view = request[1], request[2] if len(request) > 2 else {}
+        try:
+            data, _ = read_picture(path)
+            image, _ = opener(data, target=preprocessing.size, where=path, **view)
+            yield prepare(image, preprocessing)
+        except ImageError as error:
+            yield Skipped(path, SkipReason(error.reason), error.detail)

@@ -1,0 +1,67 @@
+"""Where a step's pictures come from: decoded anew each time, or kept as outputs of frozen stages.
+
+Decisions:
+- Both give the same `Batch`; only what `images` holds differs, and `TowerPass` was told which it will be.
+- A kept view is shared by all captions of its picture, so it is mirrored only if none of them names a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from mmsearch.train.augment import Augmentation, drop_words
+from mmsearch.train.batches import Draw, numbered
+from mmsearch.train.feed import Batch, PixelFeed
+from mmsearch.train.prefix import KeptViews
+from mmsearch.types import Pair
+
+
+class Feed(Protocol):
+    """Batches for a plan."""
+
+    def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
+        """One batch for each of `plan`, in order; draws whose picture cannot be used are left out of it."""
+        ...
+
+    def close(self) -> None:
+        """End what it holds."""
+        ...
+
+
+class KeptFeed:
+    """Batches from `KeptViews`; `pixels` only tokenises."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, augmentation: Augmentation | None
+    ) -> None:
+        self._pairs, self._views, self._pixels = pairs, views, pixels
+        self._drop = augmentation.word_drop if augmentation else 0.0
+        self._groups = numbered(pair.group for pair in pairs)
+
+    def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
+        """As `Feed` says."""
+        for draws in plan:
+            kept = [draw for draw in draws if draw.row not in self._views.unfit]
+            captions = [self._caption(draw) for draw in kept]
+            ids, mask = self._pixels.tokens(captions)
+            images = (
+                self._views.read([d.row for d in kept], [d.seed for d in kept]) if kept else torch.zeros(0)
+            )
+            groups = torch.from_numpy(self._groups[[draw.row for draw in kept]])
+            yield Batch(kept, images, ids, mask, groups, captions)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _caption(self, draw: Draw) -> str:
+        caption = self._pairs[draw.row].captions[draw.caption]
+        return drop_words(caption, self._drop, seed=draw.seed) if self._drop else caption
+
+
+def joined_captions(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with all their captions as one text: what decides whether a kept view may be mirrored."""
+    return [replace(pair, captions=(" . ".join(pair.captions),)) for pair in pairs]

@@ -1,0 +1,220 @@
+"""The frozen first stages of an image backbone: run once, their outputs kept, the rest run many times.
+
+While the first stages of a backbone do not learn, what they make of a picture's view never changes. On a CPU they are
+most of the work. So the views are drawn once, the output of the last frozen stage is kept on disk in half precision,
+and a step trains from there.
+
+Decisions:
+- Found by hooks, not by a table of architectures: the forward pass is stopped behind the last frozen stage, and taken
+  up there again with the stages before it passing things through. Where that does not give the same features (a
+  backbone whose stages are not a plain row), `FrozenPrefix.fits` says so and nothing is kept.
+- A view's place on disk depends on the picture, the view and everything that made it; another augmentation, weights
+  or precision is another folder. A fill that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmsearch.errors import ResourceError
+from mmsearch.towers.stages import Stage, stages
+from mmsearch.train.augment import Augmentation
+from mmsearch.train.batches import Draw
+from mmsearch.types import Pair, Preprocessing
+
+_AGREE = 1e-3
+
+
+class _Stop(Exception):
+    """Carries the output of the last frozen stage out of a forward pass."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+class FrozenPrefix:
+    """The first `count` stages of `backbone`: what they make of pictures, and the rest from there."""
+
+    def __init__(self, backbone: nn.Module, count: int) -> None:
+        parts = stages(backbone)
+        self.backbone, self.stages = backbone, parts[:count]
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """(b, 3, s, s) normalised pixels -> (b, ...) the output of the last of these stages."""
+        last = self.stages[-1].modules[-1]
+
+        def stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            raise _Stop(output)
+
+        handle = last.register_forward_hook(stop)
+        try:
+            self.backbone(images)
+        except _Stop as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise ResourceError("backbone", expected=f"stage {self.stages[-1].name} to run", got="a pass without it")
+
+    def rest(self, outputs: Tensor) -> Tensor:
+        """(b, ...) as from `outputs` -> the backbone's features."""
+        with self._passing(outputs):
+            features: Tensor = self.backbone(outputs)
+        return features
+
+    @contextmanager
+    def _passing(self, outputs: Tensor) -> Iterator[None]:
+        """Within the block the stages hand on what they get, and the last one hands out `outputs`."""
+        modules = [module for stage in self.stages for module in stage.modules]
+        before = [module.__dict__.get("forward") for module in modules]
+        for module in modules:
+            module.forward = _hand_on
+        modules[-1].forward = lambda *inputs, **settings: outputs
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                if own is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.forward = own
+
+    @torch.no_grad()
+    def fits(self, images: Tensor) -> bool:
+        """True when both halves together give what the backbone gives for these (b, 3, s, s) pictures."""
+        if not self.stages:
+            return False
+        whole = self.backbone(images)
+        try:
+            halves = self.rest(self.outputs(images))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # a backbone of another build
+            return False
+        return halves.shape == whole.shape and bool(torch.allclose(halves, whole, rtol=_AGREE, atol=_AGREE))
+
+    def digest(self) -> str:
+        """Changes with any weight of these stages."""
+        found = xxhash.xxh3_128()
+        for stage in self.stages:
+            for tensor in _tensors(stage):
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+def _hand_on(value: Any, *others: Any, **settings: Any) -> Any:  # noqa: ANN401 - whatever a stage is given
+    return value
+
+
+def _tensors(stage: Stage) -> Iterator[Tensor]:
+    yield from stage.loose
+    for module in stage.modules:
+        yield from module.state_dict().values()
+
+
+def view_seed(pair: Pair, view: int) -> int:
+    """Of a kept view: by the picture's file name and the view's number, so that it stays when others come or go."""
+    name = Path(pair.image).name.encode("utf-8", "surrogateescape")
+    return int(xxhash.xxh3_64_intdigest(name, seed=view)) % 2**31
+
+
+class KeptViews:
+    """(views, n, ...) float16 stage outputs of `pairs` on disk, filled once; view 0 is the plain one if `plain`.
+
+    `folder`: where the files are; a subfolder by what made them. `encode`: (b, s, s, 3) uint8 -> (b, ...) outputs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pairs: Sequence[Pair],
+        *,
+        views: int,
+        made_by: tuple[str, Preprocessing, Augmentation | None],
+    ) -> None:
+        weights, preprocessing, augmentation = made_by
+        facts = [weights, asdict(preprocessing), asdict(augmentation) if augmentation else None]
+        facts.append([[pair.image, _size_of(pair.image)] for pair in pairs])
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
+        self.folder, self._pairs, self.views = folder / digest[:16], pairs, views
+        self._maps: list[NDArray[np.float16]] = []
+        self.unfit: set[int] = set()
+
+    def fill(
+        self, feed: Callable[[list[list[Draw]]], Iterator[Any]], *, shape: tuple[int, ...], batch_size: int,
+        encode: Callable[[Tensor], Tensor], advance: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """Make what is missing. `feed`: plan -> batches with `draws` and `images`; `advance` hears of each batch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space(shape)
+        for view in range(self.views):
+            path = self.folder / f"view-{view}.npy"
+            if not path.exists():
+                self._fill_view(path, view, feed=feed, shape=shape, batch_size=batch_size, encode=encode, advance=advance)
+            else:
+                advance(len(self._pairs))
+            self._maps.append(np.load(path, mmap_mode="r"))
+        self.unfit = {row for row in range(len(self._pairs)) if np.isnan(self._maps[0][row].flat[0])}
+
+    def read(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
+        """(b,) rows and views -> (b, ...) float16."""
+        found = [self._maps[view % self.views][row] for row, view in zip(rows, views, strict=True)]
+        return torch.from_numpy(np.stack(found))
+
+    def _fill_view(
+        self, path: Path, view: int, *, feed: Callable[[list[list[Draw]]], Iterator[Any]], shape: tuple[int, ...],
+        batch_size: int, encode: Callable[[Tensor], Tensor], advance: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        draft, progress = path.with_suffix(".draft"), path.with_suffix(".done")
+        whole = (len(self._pairs), *shape)
+        done = int(progress.read_text()) if progress.exists() and draft.exists() else 0
+        kept = np.lib.format.open_memmap(draft, mode="r+" if done else "w+", dtype=np.float16, shape=whole)
+        draws = [Draw(row, 0, view_seed(pair, view)) for row, pair in enumerate(self._pairs)]
+        plan = [draws[start : start + batch_size] for start in range(done, len(draws), batch_size)]
+        batches = feed(plan)
+        with closing(batches) if isinstance(batches, Generator) else _open(batches):
+            for number, (wanted, batch) in enumerate(zip(plan, batches, strict=True), start=1):
+                kept[[draw.row for draw in wanted]] = np.float16(np.nan)
+                if batch.draws:
+                    kept[[draw.row for draw in batch.draws]] = encode(batch.images).to(torch.float16).numpy()
+                done += len(wanted)
+                advance(len(wanted))
+                if number % 16 == 0:
+                    kept.flush()
+                    progress.write_text(str(done))
+        kept.flush()
+        del kept
+        draft.replace(path)
+        progress.unlink(missing_ok=True)
+
+    def _check_space(self, shape: tuple[int, ...]) -> None:
+        missing = sum(not (self.folder / f"view-{view}.npy").exists() for view in range(self.views))
+        needed = 2 * missing * len(self._pairs) * int(np.prod(shape))
+        free = shutil.disk_usage(self.folder).free
+        if needed > 0.9 * free:
+            raise ResourceError(
+                str(self.folder), expected=f"{needed >> 20} MB for {self.views} views", got=f"{free >> 20} MB free",
+                do="Ask for fewer views (run.views), or name another folder (run.views_folder).",
+            )  # fmt: skip
+
+
+@contextmanager
+def _open(batches: Iterator[Any]) -> Iterator[None]:
+    yield
+
+
+def _size_of(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1

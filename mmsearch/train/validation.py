@@ -1,0 +1,117 @@
+"""How well the model does on the pairs that were held out, measured from rows that the run itself encodes.
+
+Decisions:
+- The score that chooses epochs and shares is the mean of hit@1, hit@5 and hit@10 in both directions: one figure that
+  moves smoothly, where hit@1 alone jumps.
+- Pictures are decoded once and kept as pixels (or as outputs of the frozen stages) while they fit in a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmsearch.errors import InputError
+from mmsearch.evaluate.report import Evaluation
+from mmsearch.evaluate.rows import evaluate_rows
+from mmsearch.train.batches import numbered
+from mmsearch.train.encoding import TowerPass
+from mmsearch.train.feed import plain_pixels
+from mmsearch.types import Pair, Preprocessing, Skipped
+
+_BATCH = 64
+_BUDGET = 2 << 30
+"""Bytes of pictures that are kept between validations."""
+
+
+class Validation:
+    """Held-out pairs, ready to be encoded again and again. `passes`: how to encode; its prefix must not change."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], *, passes: TowerPass, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        preprocessing: Preprocessing, workers: int | None, on_skip: Callable[[Skipped], None],
+    ) -> None:  # fmt: skip
+        self._pairs, self._passes, self._tokens = pairs, passes, tokens
+        self._preprocessing, self._workers, self._on_skip = preprocessing, workers, on_skip
+        self._kept: list[tuple[np.ndarray, Tensor]] | None = None
+        self._told = False
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @torch.no_grad()
+    def evaluate(self, *, name: str) -> Evaluation:
+        """Encode everything as the model stands (in evaluation mode) and rank both ways."""
+        passes = self._passes
+        was_training = {module: module.training for module in passes.model.modules()}
+        passes.model.eval()
+        try:
+            found, images = self._images()
+            kept = [self._pairs[position] for position in found]
+            texts, owners = self._texts(kept)
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+        numbers = numbered(pair.group for pair in kept)
+        return evaluate_rows(texts, images, text_groups=numbers[owners], image_groups=numbers, model=name)
+
+    def _images(self) -> tuple[list[int], np.ndarray]:
+        positions: list[int] = []
+        rows: list[np.ndarray] = []
+        for where, inputs in self._inputs():
+            positions += where.tolist()
+            rows.append(self._passes.images(inputs).float().cpu().numpy())
+        if not rows:
+            raise InputError("validation pictures", expected="at least one that can be read", got="none")
+        return positions, np.concatenate(rows)
+
+    def _texts(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [caption for pair in pairs for caption in pair.captions]
+        owners = np.repeat(np.arange(len(pairs)), [len(pair.captions) for pair in pairs])
+        return encode_texts(self._passes, texts, tokens=self._tokens), owners
+
+    def _inputs(self) -> Iterable[tuple[np.ndarray, Tensor]]:
+        if self._kept is not None:
+            return self._kept
+        size = self._preprocessing.size
+        if self._passes.prefix is None and len(self._pairs) * size * size * 3 > _BUDGET:
+            return self._decoded()
+        self._kept = list(self._decoded())
+        return self._kept
+
+    def _decoded(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for where, pixels in plain_pixels(
+            [pair.image for pair in self._pairs], preprocessing=self._preprocessing, batch_size=_BATCH,
+            workers=self._workers, on_skip=self._skip,
+        ):  # fmt: skip
+            inputs = torch.from_numpy(pixels)
+            if self._passes.prefix is not None:
+                inputs = self._passes.prefix_outputs(inputs).to(torch.float16)
+            yield where, inputs
+        self._told = True
+
+    def _skip(self, skipped: Skipped) -> None:
+        if not self._told:
+            self._on_skip(skipped)
+
+
+@torch.no_grad()
+def encode_texts(
+    passes: TowerPass, texts: Sequence[str], *, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+) -> np.ndarray:
+    """(n, d) float32 unit rows of texts, encoded in order of length; the model's mode is the caller's."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    rows = np.empty((len(texts), passes.model.config.dim), np.float32)
+    for start in range(0, len(order), 4 * _BATCH):
+        part = order[start : start + 4 * _BATCH]
+        rows[part] = passes.texts(*tokens([texts[i] for i in part])).float().cpu().numpy()
+    return rows
+
+
+def score_of(found: Evaluation) -> float:
+    """Mean of hit@1, hit@5 and hit@10 over both directions, in [0, 1]."""
+    ways = (found.text_to_image.values, found.image_to_text.values)
+    return float(np.mean([way[f"hit@{k}"] for way in ways for k in (1, 5, 10)]))
