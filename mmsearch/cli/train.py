@@ -27,9 +27,7 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[PAIRS]", help="Pictures with captions: CSV, JSONL, Parquet, JSON, tars or folders."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where checkpoint and report go.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where checkpoint and report go.")] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="The checkpoint to go on from [default: the bundled model]."),
@@ -88,7 +86,9 @@ def train(
 ) -> None:
     """Fine-tune a model on pictures with captions; interrupted, the same command goes on."""
     if out is None:
-        raise UsageError("--out", expected="a folder for the checkpoint", got="nothing", do="Add --out checkpoints/NAME.")
+        raise UsageError(
+            "--out", expected="a folder for the checkpoint", got="nothing", do="Add --out checkpoints/NAME."
+        )
     given: dict[str, Any] = {
         "start.model": model,
         "run.epochs": epochs,
@@ -137,5 +137,3 @@ def _lines(report: TrainReport) -> Iterator[str]:
         yield f"The model holds {100 * report.share:.0f} % of the new weights and the rest of the old (WiSE-FT)."
     folder = report.checkpoint.parent
     yield f"checkpoint: {folder}  (curves: {folder / 'curves.png'}, settings: {folder / 'settings.json'})"
-
-

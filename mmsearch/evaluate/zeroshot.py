@@ -188,9 +188,9 @@ def _wordnet_names(ids: Sequence[str]) -> dict[str, str]:
     """ImageNet's ids -> their first name; where two ids share it, with the definition ("crane, large ... bird")."""
     if not ids:
         return {}
-    import timm.data  # seconds: only for folders that need it
+    from timm.data.imagenet_info import ImageNetInfo  # seconds: only for folders that need it
 
-    table: Any = timm.data.ImageNetInfo("imagenet-22k")
+    table: Any = ImageNetInfo("imagenet-22k")
     known = set(table.label_names())
     names = {one: table.label_name_to_description(one).split(",")[0].strip() for one in ids if one in known}
     counts = Counter(name.casefold() for name in names.values())

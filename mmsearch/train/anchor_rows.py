@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mmsearch.errors import UsageError
 from mmsearch.towers.anchor_names import class_rows, imagenet_prompts, read_prompts
-from mmsearch.train.encoding import TowerPass
-from mmsearch.train.validation import encode_texts
+from mmsearch.train.encoding import Texts, TowerPass
 
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
 
@@ -27,9 +26,11 @@ class AnchorRows:
     """Makes the anchors' rows of a model; nothing to do for one without anchors, or whose names are not known."""
 
     def __init__(
-        self, passes: TowerPass, *, prompts: str, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-    ) -> None:
-        self._passes, self._tokens = passes, tokens
+        self, passes: TowerPass, *, prompts: str, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        keep_texts: bool = False,
+    ) -> None:  # fmt: skip
+        self._passes = passes
+        self._texts = Texts([], passes, tokens)
         anchors = passes.model.image.anchors
         self._sentences: list[str] = []
         self._owners: list[int] = []
@@ -42,6 +43,7 @@ class AnchorRows:
             self._sentences, self._owners = imagenet_prompts()
         elif prompts:
             self._sentences, self._owners = read_prompts(Path(prompts))
+        self._texts = Texts(self._sentences, passes, tokens, keep=keep_texts)
         named = len(set(self._owners))
         if self._sentences and named != self._classes:
             raise UsageError("start.anchor_prompts", expected=f"{self._classes} classes", got=str(named))
@@ -60,7 +62,7 @@ class AnchorRows:
         assert model.image.anchors is not None  # for the type checker
         was_training = {module: module.training for module in model.text.modules()}
         model.text.eval()
-        rows = torch.from_numpy(encode_texts(self._passes, self._sentences, tokens=self._tokens))
+        rows = torch.from_numpy(self._texts.rows())
         for module, training in was_training.items():
             module.training = training
         model.image.anchors.set_names(class_rows(rows, self._owners, classes=self._classes))

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageEnhance
 
-_SIDES = re.compile(r"\b(left|right|leftmost|rightmost|east|west|text|sign|reads?|words?|letters?|number)\b", re.IGNORECASE)
+_SIDES = re.compile(
+    r"\b(left|right|leftmost|rightmost|east|west|text|sign|reads?|words?|letters?|number)\b", re.IGNORECASE
+)
 _CROP_TRIES = 10
 
 

@@ -10,11 +10,13 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +25,7 @@ from mmsearch.towers.dual_encoder import DualEncoder
 from mmsearch.train.depthwise import fast_depthwise
 from mmsearch.train.prefix import FrozenPrefix
 
-_PIECE = 32
+_PIECE, _AT_ONCE = 32, 256
 _CPU_FLAGS = Path("/proc/cpuinfo")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +40,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or float16 for "fp32", "bf16", "fp16"; for "auto" bfloat16 where the hardware computes in it."""
+    """The type behind "fp32", "bf16" or "fp16"; for "auto" bfloat16 where the hardware computes in it."""
     if precision == "fp16" and device.type == "cpu":
         raise UsageError("precision", expected="fp32 or bf16 on a CPU", got="fp16")
     if precision != "auto":
@@ -59,7 +61,7 @@ class TowerPass:
     """Rows of pictures and captions with gradients, as `dtype` on `device`.
 
     `prefix`: pictures then arrive as the outputs of its stages. `feature_dropout`: of pooled picture features, before
-    the projection head; the anchors' classifier sees them whole.
+    the projection head; the anchors' classifier sees them whole. `compiled`: what runs the prefix, if not torch.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TowerPass:
     ) -> None:  # fmt: skip
         self.model, self.dtype, self.device, self.prefix = model.to(device), dtype, device, prefix
         self._dropout = feature_dropout
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         if dtype != torch.float32 and device.type in ("cpu", "cuda"):
             model.image.backbone.to(memory_format=torch.channels_last)
 
@@ -90,6 +93,8 @@ class TowerPass:
     def prefix_outputs(self, pixels: Tensor) -> Tensor:
         """(b, s, s, 3) uint8 -> what the frozen stages make of them, on the CPU."""
         assert self.prefix is not None  # for the type checker
+        if self.compiled is not None:
+            return self.compiled(pixels)
         with self.autocast():
             return self.prefix.outputs(self.normalised(pixels)).float().cpu()
 
@@ -98,6 +103,8 @@ class TowerPass:
         with self.autocast():
             if self.prefix is None:
                 features = self.model.image.backbone(self.normalised(images))
+            elif self.prefix.pools:
+                return self._embed(images.to(self.device, torch.float32))
             else:
                 outputs = images.to(self.device, torch.float32)
                 if outputs.ndim == 4:
@@ -116,21 +123,61 @@ class TowerPass:
         return functional.normalize(rows, dim=-1)
 
     def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(b, t) int64 each -> (b, d) float32 unit rows."""
+        """(b, t) int64 each -> (b, d) float32 unit rows. Floats (b, w) in the place of ids are pooled features."""
+        pooled = ids.to(self.device) if ids.is_floating_point() else self.pooled_texts(ids, mask)
+        rows: Tensor = self.model.text.embed(pooled.float())
+        return rows
+
+    def pooled_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(b, t) int64 each -> (b, w): what the text backbone makes of them, before projection."""
         if self.device.type != "cpu" or len(ids) <= _PIECE:
-            return self._texts(ids, mask)
+            return self._pooled(ids, mask)
         order = mask.sum(dim=1).argsort(stable=True)
-        rows = torch.cat([self._texts(ids[part], mask[part]) for part in order.split(_PIECE)])
+        rows = torch.cat([self._pooled(ids[part], mask[part]) for part in order.split(_PIECE)])
         return rows[order.argsort()]
 
-    def _texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
         longest = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
         ids, mask = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device)
-        tower = self.model.text
         with self.autocast():
-            pooled = tower.pooled(ids, mask)
-        embedded: Tensor = tower.embed(pooled.float())
-        return embedded
+            pooled: Tensor = self.model.text.pooled(ids, mask)
+        return pooled
+
+
+class Texts:
+    """A list of texts that is encoded again and again, in order of length.
+
+    `keep`: the text backbone does not learn, so its pooled features are made once and only the head runs anew.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], passes: TowerPass, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]], *,
+        keep: bool = False,
+    ) -> None:  # fmt: skip
+        self.texts, self._passes, self._tokens, self._keep = texts, passes, tokens, keep
+        self._pooled: Tensor | None = None
+
+    @torch.no_grad()
+    def rows(self) -> NDArray[np.float32]:
+        """(n, d) float32 unit rows, as the model stands; call it in evaluation mode."""
+        if self._keep:
+            return self._passes.texts(self.pooled(), self.pooled()).float().cpu().numpy()
+        return self._run(self._passes.texts, self._passes.model.config.dim).numpy()
+
+    @torch.no_grad()
+    def pooled(self) -> Tensor:
+        """(n, w) float32 features before projection, made once; call it in evaluation mode."""
+        if self._pooled is None:
+            self._pooled = self._run(self._passes.pooled_texts, int(self._passes.model.text.width))
+        return self._pooled
+
+    def _run(self, encode: Callable[[Tensor, Tensor], Tensor], width: int) -> Tensor:
+        order = sorted(range(len(self.texts)), key=lambda i: len(self.texts[i]))
+        rows = torch.empty(len(order), width)
+        for start in range(0, len(order), _AT_ONCE):
+            part = order[start : start + _AT_ONCE]
+            rows[part] = encode(*self._tokens([self.texts[i] for i in part])).float().cpu()
+        return rows
 
 
 def checkpoint_activations(model: DualEncoder) -> list[str]:

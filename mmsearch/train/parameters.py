@@ -114,11 +114,11 @@ def set_mode(model: DualEncoder, *, text: Tuning, image: Tuning) -> None:
             tower.eval()
             continue
         backbone = _backbone(tower)
-        factors = _factors(tower, tuning)
-        learning = [any(factors.get(id(p), 0.0) for p in stage.parameters()) for stage in stages(backbone)]
+        parts = stages(backbone)
+        learning = _learning(tower, tuning, parts=parts)
         backbone.train(all(learning))
-        for stage, learns in zip(stages(backbone), learning, strict=True):
-            for module in stage.modules:
+        for stage, learns in zip(parts, learning, strict=True):
+            for module in stage.modules if learns is not backbone.training else ():
                 module.train(learns)
         for module in backbone.modules():
             if isinstance(module, _BatchNorm) and not tuning.batch_norm:
@@ -130,12 +130,8 @@ def first_trained_stage(tower: nn.Module, tuning: Tuning) -> int:
 
     What lies before it gives the same output at every step: it can be computed once, or without a graph.
     """
-    factors = _factors(tower, tuning)
-    parts = stages(_backbone(tower))
-    for index, stage in enumerate(parts):
-        if any(factors.get(id(parameter), 0.0) for parameter in stage.parameters()):
-            return index
-    return len(parts)
+    learning = _learning(tower, tuning, parts=stages(_backbone(tower)))
+    return learning.index(True) if True in learning else len(learning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +148,9 @@ class _Slot:
 def _slots(model: DualEncoder, *, text: Tuning, image: Tuning, extra: Iterable[nn.Parameter]) -> Iterator[_Slot]:
     taken: set[int] = set()
     for side, tower, tuning in (("text", model.text, text), ("image", model.image, image)):
-        factors = _factors(tower, tuning)
-        for stage in stages(_backbone(tower)):
+        parts = stages(_backbone(tower))
+        factors = _factors(tower, tuning, parts=parts)
+        for stage in parts:
             loose = {id(parameter) for parameter in stage.loose}
             for parameter in stage.parameters():
                 if id(parameter) not in taken:
@@ -171,14 +168,18 @@ def _slots(model: DualEncoder, *, text: Tuning, image: Tuning, extra: Iterable[n
                 yield _Slot(parameter, name, "head", 1.0, parameter.ndim > 1)
 
 
-def _factors(tower: nn.Module, tuning: Tuning) -> dict[int, float]:
+def _learning(tower: nn.Module, tuning: Tuning, *, parts: list[Stage]) -> list[bool]:
+    """Whether any parameter of each stage learns."""
+    factors = _factors(tower, tuning, parts=parts)
+    return [any(factors[id(parameter)] for parameter in stage.parameters()) for stage in parts]
+
+
+def _factors(tower: nn.Module, tuning: Tuning, *, parts: list[Stage]) -> dict[int, float]:
     """Factor on the base rate of every parameter of a tower, by id; 0 for those that stay as they are."""
     names = {id(parameter): name for name, parameter in tower.named_parameters()}
-    backbone = _backbone(tower)
     factors = {
         key: 0.0 if tuning.train == "none" or name.startswith(_CLASSIFIER) else 1.0 for key, name in names.items()
     }
-    parts = stages(backbone)
     first = _first(parts, tuning)
     for index, stage in enumerate(parts):
         height = len(parts) - 1 - index

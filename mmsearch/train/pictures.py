@@ -7,14 +7,17 @@ Decisions:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mmsearch.train.augment import Augmentation, drop_words
 from mmsearch.train.batches import Draw, numbered
+from mmsearch.train.encoding import Texts
 from mmsearch.train.feed import Batch, PixelFeed
 from mmsearch.train.prefix import KeptViews
 from mmsearch.types import Pair
@@ -33,11 +36,18 @@ class Feed(Protocol):
 
 
 class KeptFeed:
-    """Batches from `KeptViews`; `pixels` only tokenises."""
+    """Batches from `KeptViews`; `pixels` only tokenises.
+
+    `texts`: all captions of `pairs` in order, where the text backbone does not learn: a batch then holds their pooled
+    features (b, w) in the place of ids.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, augmentation: Augmentation | None
-    ) -> None:
+        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, augmentation: Augmentation | None,
+        texts: Texts | None = None,
+    ) -> None:  # fmt: skip
+        self._texts = texts
+        self._starts = list(itertools.accumulate((len(pair.captions) for pair in pairs), initial=0))
         self._pairs, self._views, self._pixels = pairs, views, pixels
         self._drop = augmentation.word_drop if augmentation else 0.0
         self._groups = numbered(pair.group for pair in pairs)
@@ -47,15 +57,19 @@ class KeptFeed:
         for draws in plan:
             kept = [draw for draw in draws if draw.row not in self._views.unfit]
             captions = [self._caption(draw) for draw in kept]
-            ids, mask = self._pixels.tokens(captions)
-            images = (
-                self._views.read([d.row for d in kept], [d.seed for d in kept]) if kept else torch.zeros(0)
-            )
+            ids, mask = self._tokens(kept, captions)
+            images = self._views.read([d.row for d in kept], [d.seed for d in kept]) if kept else torch.zeros(0)
             groups = torch.from_numpy(self._groups[[draw.row for draw in kept]])
             yield Batch(kept, images, ids, mask, groups, captions)
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _tokens(self, draws: Sequence[Draw], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if self._texts is None:
+            return self._pixels.tokens(captions)
+        rows = self._texts.pooled()[[self._starts[draw.row] + draw.caption for draw in draws]]
+        return rows, torch.ones(len(rows), 1, dtype=torch.int64)
 
     def _caption(self, draw: Draw) -> str:
         caption = self._pairs[draw.row].captions[draw.caption]

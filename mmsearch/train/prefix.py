@@ -5,9 +5,10 @@ most of the work. So the views are drawn once, the output of the last frozen sta
 and a step trains from there.
 
 Decisions:
-- Found by hooks, not by a table of architectures: the forward pass is stopped behind the last frozen stage, and taken
-  up there again with the stages before it passing things through. Where that does not give the same features (a
-  backbone whose stages are not a plain row), `FrozenPrefix.fits` says so and nothing is kept.
+- Cut by passing things through, not by a table of architectures: with the later stages handing on what they get,
+  nothing is computed behind the frozen part; with the earlier ones doing so, the backbone takes up from there. Where
+  that does not give the same features (a backbone whose stages are not a plain row), `FrozenPrefix.fits` says so and
+  nothing is kept.
 - A view's place on disk depends on the picture, the view and everything that made it; another augmentation, weights
   or precision is another folder. A fill that was interrupted goes on where it stopped.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,58 +39,38 @@ from mmsearch.types import Pair, Preprocessing
 _AGREE = 1e-3
 
 
-class _Stop(Exception):
-    """Carries the output of the last frozen stage out of a forward pass."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-
-
 class FrozenPrefix:
-    """The first `count` stages of `backbone`: what they make of pictures, and the rest from there."""
+    """The first `count` stages of `backbone`: what they make of pictures, and the rest from there.
+
+    `pools`: outputs are pooled features already, because nothing before the projection head learns.
+    """
+
+    pools = False
 
     def __init__(self, backbone: nn.Module, count: int) -> None:
         parts = stages(backbone)
-        self.backbone, self.stages = backbone, parts[:count]
+        self.backbone, self.stages, self._later = backbone, parts[:count], parts[count:]
 
     def outputs(self, images: Tensor) -> Tensor:
         """(b, 3, s, s) normalised pixels -> (b, ...) the output of the last of these stages."""
-        last = self.stages[-1].modules[-1]
+        last, found = self.stages[-1].modules[-1], []
+        own = last.forward
 
-        def stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            raise _Stop(output)
+        def kept(*inputs: Any, **settings: Any) -> Tensor:  # noqa: ANN401 - whatever a stage is given
+            found.append(own(*inputs, **settings))
+            return found[-1]
 
-        handle = last.register_forward_hook(stop)
-        try:
-            self.backbone(images)
-        except _Stop as reached:
-            return reached.output
-        finally:
-            handle.remove()
-        raise ResourceError("backbone", expected=f"stage {self.stages[-1].name} to run", got="a pass without it")
+        with _replaced({module: _hand_on for stage in self._later for module in stage.modules} | {last: kept}):
+            self.backbone(images)  # what comes out at its end may have been turned around
+        return found[-1]
 
     def rest(self, outputs: Tensor) -> Tensor:
         """(b, ...) as from `outputs` -> the backbone's features."""
-        with self._passing(outputs):
+        passing = {module: _hand_on for stage in self.stages for module in stage.modules}
+        passing[self.stages[-1].modules[-1]] = lambda *inputs, **settings: outputs
+        with _replaced(passing):
             features: Tensor = self.backbone(outputs)
         return features
-
-    @contextmanager
-    def _passing(self, outputs: Tensor) -> Iterator[None]:
-        """Within the block the stages hand on what they get, and the last one hands out `outputs`."""
-        modules = [module for stage in self.stages for module in stage.modules]
-        before = [module.__dict__.get("forward") for module in modules]
-        for module in modules:
-            module.forward = _hand_on
-        modules[-1].forward = lambda *inputs, **settings: outputs
-        try:
-            yield
-        finally:
-            for module, own in zip(modules, before, strict=True):
-                if own is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.forward = own
 
     @torch.no_grad()
     def fits(self, images: Tensor) -> bool:
@@ -110,6 +91,42 @@ class FrozenPrefix:
             for tensor in _tensors(stage):
                 found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+class FrozenBackbone(FrozenPrefix):
+    """A whole backbone with its pooling: (b, w) pooled features are kept, a hundredth of a feature map."""
+
+    pools = True
+
+    def __init__(self, backbone: nn.Module, pooling: nn.Module) -> None:
+        super().__init__(backbone, len(stages(backbone)))
+        self._pooling = pooling
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """(b, 3, s, s) normalised pixels -> (b, w)."""
+        pooled: Tensor = self._pooling(self.backbone(images))
+        return pooled
+
+    @torch.no_grad()
+    def fits(self, images: Tensor) -> bool:
+        """Always: nothing is cut."""
+        return True
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block these modules run these functions."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = own  # type: ignore[method-assign]
 
 
 def _hand_on(value: Any, *others: Any, **settings: Any) -> Any:  # noqa: ANN401 - whatever a stage is given
@@ -160,7 +177,9 @@ class KeptViews:
         for view in range(self.views):
             path = self.folder / f"view-{view}.npy"
             if not path.exists():
-                self._fill_view(path, view, feed=feed, shape=shape, batch_size=batch_size, encode=encode, advance=advance)
+                self._fill_view(
+                    path, view, feed=feed, shape=shape, batch_size=batch_size, encode=encode, advance=advance
+                )
             else:
                 advance(len(self._pairs))
             self._maps.append(np.load(path, mmap_mode="r"))

@@ -29,7 +29,7 @@ _FORMAT = 1
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands. `step`: optimiser steps done; `batch`: batches of `epoch` done; `history`: one score an epoch."""
+    """Where a run stands. `step`: optimiser steps done; `batch`: batches of `epoch` done; `history`: scores so far."""
 
     digest: str = ""
     epoch: int = 0
@@ -109,9 +109,7 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _moments(
-    named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
-) -> dict[str, dict[str, Tensor]]:
+def _moments(named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     return {
         name: {slot: torch.as_tensor(value) for slot, value in optimiser.state[parameter].items()}
         for name, parameter in named.items()

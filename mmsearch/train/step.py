@@ -105,9 +105,7 @@ class BatchGradient:
         present = torch.tensor([caption is not None for caption in drawn])
         return self._parts.tokens([caption or "" for caption in drawn]), present
 
-    def _item_value(
-        self, queries: Tensor, images: Tensor, texts: Tensor, *, present: Tensor, groups: Tensor
-    ) -> Tensor:
+    def _item_value(self, queries: Tensor, images: Tensor, texts: Tensor, *, present: Tensor, groups: Tensor) -> Tensor:
         parts = self._parts
         texts = parts.ranks.gather_rows(texts)
         has_text = parts.ranks.gather_rows(present.to(texts.device))

@@ -28,7 +28,7 @@ from mmsearch.train.anchor_rows import AnchorRows
 from mmsearch.train.averaging import Average
 from mmsearch.train.batches import Draw, Ints, batches_in_epoch, plan_epoch
 from mmsearch.train.distributed import Ranks
-from mmsearch.train.encoding import TowerPass
+from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.examples import Examples
 from mmsearch.train.feed import Batch
 from mmsearch.train.journal import Journal
@@ -40,7 +40,7 @@ from mmsearch.train.schedule import Schedule
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.state import STATE, Progress, load_state, moving, read_progress, save_state
 from mmsearch.train.step import BatchGradient
-from mmsearch.train.validation import Validation, encode_texts, score_of
+from mmsearch.train.validation import Validation, score_of
 
 BEST_STATE, NEIGHBOURS = "best.safetensors", "neighbours.npy"
 _MOST_SEEDS = 2**31
@@ -98,9 +98,7 @@ class Trainer:
         self._named = {f"{o}/{n}": p for o, module in owners.items() for n, p in module.named_parameters()}
         self._optimiser = torch.optim.AdamW(self._groups, betas=run.betas, fused=True)
         self._average = Average(self.model, decay=run.ema) if run.ema else None
-        self._scaler = torch.amp.GradScaler(
-            workshop.passes.device.type, enabled=workshop.passes.dtype == torch.float16
-        )
+        self._scaler = torch.amp.GradScaler(workshop.passes.device.type, enabled=workshop.passes.dtype == torch.float16)
         per_epoch = math.ceil(batches_in_epoch(examples.repeats, run.batch_size) / run.accumulate)
         self.steps = min(run.max_steps or _MOST_SEEDS, per_epoch * run.epochs)
         self._schedule = Schedule(
@@ -288,7 +286,7 @@ class Trainer:
         with torch.no_grad(), self._averaged():
             self.model.eval()
             images = self._image_rows()
-            texts = encode_texts(self.shop.passes, [pair.captions[0] for pair in pairs], tokens=self.shop.tokens)
+            texts = Texts([pair.captions[0] for pair in pairs], self.shop.passes, self.shop.tokens).rows()
         found = mine(texts, images, groups=[pair.group for pair in pairs], count=objective.hard_negatives)
         if self.shop.ranks.is_main:
             np.save(path, found)

@@ -18,7 +18,7 @@ from mmsearch.errors import InputError
 from mmsearch.evaluate.report import Evaluation
 from mmsearch.evaluate.rows import evaluate_rows
 from mmsearch.train.batches import numbered
-from mmsearch.train.encoding import TowerPass
+from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.feed import plain_pixels
 from mmsearch.types import Pair, Preprocessing, Skipped
 
@@ -28,13 +28,18 @@ _BUDGET = 2 << 30
 
 
 class Validation:
-    """Held-out pairs, ready to be encoded again and again. `passes`: how to encode; its prefix must not change."""
+    """Held-out pairs, ready to be encoded again and again. `passes`: how to encode; its prefix must not change.
+
+    `keep_texts`: the text backbone does not learn (`encoding.Texts`).
+    """
 
     def __init__(
         self, pairs: Sequence[Pair], *, passes: TowerPass, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
-        preprocessing: Preprocessing, workers: int | None, on_skip: Callable[[Skipped], None],
+        preprocessing: Preprocessing, workers: int | None, on_skip: Callable[[Skipped], None], keep_texts: bool = False,
     ) -> None:  # fmt: skip
-        self._pairs, self._passes, self._tokens = pairs, passes, tokens
+        captions = [caption for pair in pairs for caption in pair.captions]
+        self._captions = Texts(captions, passes, tokens, keep=keep_texts)
+        self._pairs, self._passes = pairs, passes
         self._preprocessing, self._workers, self._on_skip = preprocessing, workers, on_skip
         self._kept: list[tuple[np.ndarray, Tensor]] | None = None
         self._told = False
@@ -50,13 +55,16 @@ class Validation:
         passes.model.eval()
         try:
             found, images = self._images()
-            kept = [self._pairs[position] for position in found]
-            texts, owners = self._texts(kept)
+            texts = self._captions.rows()
         finally:
             for module, training in was_training.items():
                 module.training = training
-        numbers = numbered(pair.group for pair in kept)
-        return evaluate_rows(texts, images, text_groups=numbers[owners], image_groups=numbers, model=name)
+        owners = np.repeat(np.arange(len(self._pairs)), [len(pair.captions) for pair in self._pairs])
+        there = np.isin(owners, found)  # the captions of pictures that could be read
+        numbers = numbered(pair.group for pair in self._pairs)
+        return evaluate_rows(
+            texts[there], images, text_groups=numbers[owners[there]], image_groups=numbers[found], model=name
+        )
 
     def _images(self) -> tuple[list[int], np.ndarray]:
         positions: list[int] = []
@@ -67,11 +75,6 @@ class Validation:
         if not rows:
             raise InputError("validation pictures", expected="at least one that can be read", got="none")
         return positions, np.concatenate(rows)
-
-    def _texts(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        texts = [caption for pair in pairs for caption in pair.captions]
-        owners = np.repeat(np.arange(len(pairs)), [len(pair.captions) for pair in pairs])
-        return encode_texts(self._passes, texts, tokens=self._tokens), owners
 
     def _inputs(self) -> Iterable[tuple[np.ndarray, Tensor]]:
         if self._kept is not None:
@@ -96,19 +99,6 @@ class Validation:
     def _skip(self, skipped: Skipped) -> None:
         if not self._told:
             self._on_skip(skipped)
-
-
-@torch.no_grad()
-def encode_texts(
-    passes: TowerPass, texts: Sequence[str], *, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-) -> np.ndarray:
-    """(n, d) float32 unit rows of texts, encoded in order of length; the model's mode is the caller's."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows = np.empty((len(texts), passes.model.config.dim), np.float32)
-    for start in range(0, len(order), 4 * _BATCH):
-        part = order[start : start + 4 * _BATCH]
-        rows[part] = passes.texts(*tokens([texts[i] for i in part])).float().cpu().numpy()
-    return rows
 
 
 def score_of(found: Evaluation) -> float:

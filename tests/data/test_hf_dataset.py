@@ -47,7 +47,9 @@ def as_parquet(path, content, *, kind=PICTURE, **options):
     return path
 
 
-def as_saved(folder, content, *, split: str | None = None, files: int = 1, kind=PICTURE, stream=True, codec=None):
+def as_saved(
+    folder, content, *, split: str | None = None, files: int = 1, kind=PICTURE, stream=True, codec=None, chunk=2
+):
     """A folder as `save_to_disk` leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     whole, names = table(content, kind), [f"data-{i:05}-of-{files:05}.arrow" for i in range(files)]
@@ -56,7 +58,7 @@ def as_saved(folder, content, *, split: str | None = None, files: int = 1, kind=
         part = whole.slice(i * len(whole) // files, (i + 1) * len(whole) // files - i * len(whole) // files)
         make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
         with make(str(folder / name), whole.schema, options=options) as writer:
-            writer.write_table(part, max_chunksize=2)
+            writer.write_table(part, max_chunksize=chunk)
     state = {"_data_files": [{"filename": name} for name in names], "_split": split}
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text("{}")
@@ -104,6 +106,14 @@ def test_pictures_inside_saved_arrow_files(tmp_path, kind, files, stream):
     check_five(pairs)
     assert skipped == []
     assert sorted(os.listdir(tmp_path)) == ["d"]
+
+
+def test_a_long_batch_is_read_in_parts(tmp_path):
+    """More rows in one piece than are held at once: each still has its own bytes."""
+    content = [{"image": {"bytes": b"%d" % i, "path": None}, "caption": f"{i}"} for i in range(2500)]
+    pairs, _ = read(as_saved(tmp_path, content, chunk=2500))
+    assert [read_picture(pair.image)[0] for pair in pairs] == [b"%d" % i for i in range(2500)]
+    assert [pair.captions for pair in pairs] == [(f"{i}",) for i in range(2500)]
 
 
 @pytest.mark.parametrize("name", ["image", "jpg", "Picture", "bytes"])
