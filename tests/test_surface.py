@@ -119,7 +119,7 @@ def test_the_layer_test_can_fail():
             ),
         ),
         ("faiss", ("mmsearch.index",)),
-        ("PIL", ("mmsearch.data", "mmsearch.encoder", "mmsearch.searcher", "mmsearch.testing")),
+        ("PIL", ("mmsearch.data", "mmsearch.encoder", "mmsearch.searcher", "mmsearch.testing", "mmsearch.train")),
         ("sqlite3", ("mmsearch.store", "mmsearch.data.records")),
         ("typer", ("mmsearch.cli",)),
         ("rich", ("mmsearch.cli",)),

@@ -42,12 +42,16 @@ _PACKERS = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x
 
 @dataclass(slots=True)
 class _Sample:
-    """The members of one key so far; `line`: which member of its shard came first, counted from 1."""
+    """The members of one key so far; `line`: which member of its shard came first, counted from 1.
+
+    `captions`: from texts; `stated`: from JSON, which often says the same again.
+    """
 
     name: str
     line: int
     place: str | None = None
     captions: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
     split: str | None = None
     group: str | None = None
     metadata: dict[str, object] = field(default_factory=dict)
@@ -57,7 +61,7 @@ class _Sample:
         return Record(
             self.line,
             self.name,
-            self.captions,
+            self.captions + tuple(caption for caption in self.stated if caption not in self.captions),
             split=self.split,
             group=self.group,
             metadata=self.metadata,
@@ -148,8 +152,7 @@ def _add(sample: _Sample, member: tarfile.TarInfo, *, extension: str, tar: tarfi
     entries = parse_json(text)
     if not isinstance(entries, dict):
         raise ValueError("not a JSON object")
-    captions, sample.metadata = split_texts(entries)
-    sample.captions += tuple(caption for caption in captions if caption not in sample.captions)
+    sample.stated, sample.metadata = split_texts(entries)
     split, group = sample.metadata.pop("split", None), sample.metadata.pop("group", None)
     sample.split = str(split) if split else sample.split
     sample.group = str(group) if group is not None else sample.group

@@ -19,6 +19,8 @@ from mmsearch.towers.checkpoint import CONFIG, read_config, refuse_pickle
 
 BEST = "best"
 """Where a training run keeps its best checkpoint, below its own folder."""
+SHIPPED = "bundled"
+"""What the model that comes with mmsearch is called, whatever its own name is."""
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,80})?", re.ASCII)
 _PATH_STARTS = ("./", "../", "/", "~")
@@ -27,8 +29,8 @@ _PATIENCE_S = 5
 
 
 def locate(model: str | Path | None, *, bundled: Path = BUNDLED) -> tuple[Path, str]:
-    """(directory, name for people) of `model`: None or the bundled name, a directory, or a hub name."""
-    if model is None:
+    """(directory, name for people) of `model`: None, "bundled" or the bundled name, a directory, or a hub name."""
+    if model is None or (model == SHIPPED and not Path(model).is_dir()):
         return bundled, str(_bundled_name(bundled))
     if isinstance(model, Path):
         return _directory(model), model.name

@@ -98,20 +98,26 @@ class TowerPass:
         with self.autocast():
             return self.prefix.outputs(self.normalised(pixels)).float().cpu()
 
-    def images(self, images: Tensor) -> Tensor:
-        """(b, s, s, 3) uint8, or (b, ...) outputs of the prefix -> (b, d) float32 unit rows."""
+    def placed(self, outputs: Tensor) -> Tensor:
+        """(b, ...) outputs of the prefix, as they are kept -> float32 on the device."""
+        placed = outputs.to(self.device, torch.float32)
+        return placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
+
+    def pooled_images(self, images: Tensor) -> Tensor:
+        """(b, s, s, 3) uint8, or (b, ...) outputs of the prefix -> (b, w) float32 pooled features."""
+        if self.prefix is not None and self.prefix.pools:
+            return self.placed(images)
         with self.autocast():
             if self.prefix is None:
                 features = self.model.image.backbone(self.normalised(images))
-            elif self.prefix.pools:
-                return self._embed(images.to(self.device, torch.float32))
             else:
-                outputs = images.to(self.device, torch.float32)
-                if outputs.ndim == 4:
-                    outputs = outputs.contiguous(memory_format=torch.channels_last)
-                features = self.prefix.rest(outputs)
-            pooled = self.model.image.pooling(features)
-        return self._embed(pooled.float())
+                features = self.prefix.rest(self.placed(images))
+            pooled: Tensor = self.model.image.pooling(features)
+        return pooled.float()
+
+    def images(self, images: Tensor) -> Tensor:
+        """(b, s, s, 3) uint8, or (b, ...) outputs of the prefix -> (b, d) float32 unit rows."""
+        return self._embed(self.pooled_images(images))
 
     def _embed(self, pooled: Tensor) -> Tensor:
         tower = self.model.image

@@ -63,7 +63,8 @@ class Objective:
     `smoothing` in [0, 1); `margin` of hinges; `matryoshka`: shorter dimensions that are trained too;
     `hard_negatives`: mined neighbours a pair, 0 for none, drawn into `hard_share` of each batch from epoch `mine_from`;
     `teacher`: a model whose similarities are imitated with weight `teacher_weight` at multiplier `teacher_scale`;
-    `modality_dropout`: probability that an item loses one side, used when the model has an item head.
+    `modality_dropout`: probability that an item loses one side, used when the model has an item head;
+    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none.
     """
 
     name: str = "info_nce"
@@ -78,6 +79,7 @@ class Objective:
     teacher_weight: float = 1.0
     teacher_scale: float = 20.0
     modality_dropout: float = 0.5
+    keep_classes: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +278,8 @@ def _check_run(run: Run) -> None:
 
 
 def _check_objective(objective: Objective) -> None:
+    if not 0.0 <= objective.keep_classes <= 1000.0:
+        raise UsageError("objective.keep_classes", expected="from 0 to 1000", got=str(objective.keep_classes))
     for name in ("smoothing", "hard_share", "modality_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise UsageError(f"objective.{name}", expected="from 0 to 1", got=str(getattr(objective, name)))

@@ -21,7 +21,7 @@ from mmsearch.towers.initial import initial_dual_encoder
 from mmsearch.towers.locate import locate
 from mmsearch.towers.sources import resolve_place
 from mmsearch.towers.tokenise import Tokeniser
-from mmsearch.train.settings import BUNDLED, Start
+from mmsearch.train.settings import Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def _from_checkpoint(start: Start) -> Beginning:
         raise UsageError(
             "start", expected="a model to go on from, or a config to build", got="both", do='Set start.model to "".'
         )
-    directory, name = locate(None if start.model == BUNDLED else start.model)
+    directory, name = locate(start.model)
     if not is_checkpoint(directory):
         raise ModelError(
             str(directory), expected="a checkpoint that mmsearch trained", got="another model's directory",

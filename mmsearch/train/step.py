@@ -19,6 +19,7 @@ from mmsearch.train.chunked import Side, backward_in_chunks, chunks_of
 from mmsearch.train.distributed import Ranks
 from mmsearch.train.encoding import TowerPass
 from mmsearch.train.feed import Batch
+from mmsearch.train.keeping import KeptClasses
 from mmsearch.train.losses import Distillation, InfoNce
 from mmsearch.train.modality import ItemBatch, another_caption, item_loss, modality_dropout
 from mmsearch.types import Pair
@@ -58,6 +59,7 @@ class StepParts:
     chunk: int = 0
     taught: Taught | None = None
     modality_dropout: float = 0.5
+    kept: KeptClasses | None = None
 
 
 class BatchGradient:
@@ -93,7 +95,8 @@ class BatchGradient:
                 value = value + self._item_value(texts, images, others[0], present=items[1], groups=groups)
             return value
 
-        return float(backward_in_chunks(sides, loss, scale=scale))
+        value = float(backward_in_chunks(sides, loss, scale=scale))
+        return value + (parts.kept.backward(batch.images, scale=scale) if parts.kept is not None else 0.0)
 
     def _side(self, encode: Callable[[tuple[Tensor, ...]], Tensor], module: nn.Module, *tensors: Tensor) -> Side:
         size = self._parts.chunk or max(1, len(tensors[0]))

@@ -22,6 +22,7 @@ from mmsearch.train.anchor_rows import AnchorRows
 from mmsearch.train.bench import Bench, keep
 from mmsearch.train.encoding import Texts, TowerPass, checkpoint_activations, pick_precision
 from mmsearch.train.feed import PixelFeed, plain_pixels
+from mmsearch.train.keeping import KeptClasses
 from mmsearch.train.losses import Distillation, build_objective
 from mmsearch.train.parameters import first_trained_stage
 from mmsearch.train.pictures import Feed, KeptFeed, joined_captions
@@ -68,6 +69,7 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         StepParts(
             passes, objective, bench.ranks, bench.examples.train, pixels.tokens, chunk=settings.run.chunk,
             taught=_taught(bench), modality_dropout=settings.objective.modality_dropout,
+            kept=_kept_classes(settings, passes),
         )
     )  # fmt: skip
     anchors = AnchorRows(
@@ -143,12 +145,19 @@ def _keeps_texts(settings: TrainSettings) -> bool:
     return settings.text.train in ("head", "none") and not drops
 
 
+def _kept_classes(settings: TrainSettings, passes: TowerPass) -> KeptClasses | None:
+    """Only where there are verdicts to keep and something under them learns."""
+    tower, weight = passes.model.image, settings.objective.keep_classes
+    learns = first_trained_stage(tower, settings.image) < len(stages(tower.backbone))
+    return KeptClasses(passes, weight=weight) if weight and learns and tower.anchors is not None else None
+
+
 def _taught(bench: Bench) -> Taught | None:
     """The teacher's rows of every training picture and caption, made once."""
     objective, pairs = bench.settings.objective, bench.examples.train
     if not objective.teacher:
         return None
-    teacher = Encoder.load(None if objective.teacher == "bundled" else objective.teacher)
+    teacher = Encoder.load(objective.teacher)
     bench.watcher.note(f"encoding {len(pairs)} pictures with the teacher {teacher.identity.name}")
     bench.watcher.start(len(pairs))
     images = np.zeros((len(pairs), teacher.dim), np.float32)

@@ -71,6 +71,8 @@ def test_captions_come_from_texts_and_json(tmp_path):
     assert (second.captions, second.split) == (("t",), None)
     assert "2.webp" in second.image
     assert skipped == []
+    (again, _), _ = read(shard(tmp_path / "t.tar", members[3:4] + members[:3] + members[4:]))
+    assert again.captions == first.captions
 
 
 def test_members_of_a_key_need_not_be_neighbours(tmp_path):
