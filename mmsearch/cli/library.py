@@ -172,12 +172,10 @@ class Library:
         }
 
     def _load(self, model: str | None, *, device: str) -> Encoder:
-        """The encoder of all commands, else the model; "bundled" means the bundled one unless a folder is there."""
+        """The encoder of all commands, else the model; "bundled" is one."""
         from mmsearch.encoder import Encoder
-        from mmsearch.towers.locate import is_directory
 
-        named = None if model == "bundled" and not is_directory(model) else model
-        return self._encoder or Encoder.load(named, device=device)
+        return self._encoder or Encoder.load(model, device=device)
 
 
 def last_table(markdown: str) -> list[str]:

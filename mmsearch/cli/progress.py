@@ -30,14 +30,17 @@ class Bar:
         if self._drawn is not None:
             self._drawn.stop()
 
-    def start(self, total: int | None) -> None:
-        """Begin to draw; a second call sets the total anew."""
+    def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
+        """Begin to draw; a second call sets the total anew, and with `what` a new part begins from nothing."""
         if self._quiet:
             return
+        self._what, self._unit = what or self._what, unit or self._unit
         if self._drawn is None:
-            self._drawn = _drawing(self._unit)
-            self._task = self._drawn.add_task(shown(self._what), total=total, note="")
+            self._drawn = _drawing()
+            self._task = self._drawn.add_task(shown(self._what), total=total, note="", unit=self._unit)
             self._drawn.start()
+        elif self._task is not None and what:
+            self._drawn.reset(self._task, total=total, description=shown(what), note="", unit=self._unit)
         elif self._task is not None:
             self._drawn.update(self._task, total=total)
 
@@ -54,7 +57,7 @@ class Bar:
             say(text)
 
 
-def _drawing(unit: str) -> Progress:
+def _drawing() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -65,7 +68,7 @@ def _drawing(unit: str) -> Progress:
 
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text(f"{speed:.0f} {unit}/s" if speed else "")
+            return Text(f"{speed:.{0 if speed >= 10 else 1}f} {task.fields['unit']}/s" if speed else "")
 
     return Progress(
         TextColumn("{task.description}", markup=False),

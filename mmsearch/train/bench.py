@@ -7,6 +7,7 @@ Decisions:
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmsearch.towers.checkpoint import save_checkpoint
 from mmsearch.towers.locate import BEST
 from mmsearch.train.distributed import Ranks
 from mmsearch.train.examples import Examples
+from mmsearch.train.lora import has_lora, merge_lora
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.setup import Beginning
 from mmsearch.train.trainer import Watcher
@@ -27,7 +29,7 @@ RUN = "run"
 class Silent:
     """Follows a run without a word."""
 
-    def start(self, total: int | None) -> None:
+    def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
         """Nothing."""
 
     def advance(self, n: int, *, note: str = "") -> None:
@@ -70,7 +72,7 @@ class Bench:
 def keep(bench: Bench, name: str, *, graphs: bool, card: str) -> None:
     """Store the model as it is now in OUT/`name` and let OUT/best be that, in one rename; older ones are removed."""
     model = bench.start.model
-    plain = _without_adapters(bench, model)
+    plain = _without_adapters(model)
     save_checkpoint(
         plain, bench.out / name, tokenizer_json=bench.start.tokenizer_json, name=bench.out.resolve().name,
         card=card or "A checkpoint of a run that has not ended.\n", graphs=graphs,
@@ -84,13 +86,9 @@ def keep(bench: Bench, name: str, *, graphs: bool, card: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _without_adapters(bench: Bench, model: Any) -> Any:  # noqa: ANN401 - a dual encoder, with adapters or without
-    if not (bench.settings.text.lora or bench.settings.image.lora) or bench.start.model is not model:
+def _without_adapters(model: Any) -> Any:  # noqa: ANN401 - a dual encoder, with adapters or without
+    if not has_lora(model):
         return model
-    import copy
-
-    from mmsearch.train.lora import merge_lora
-
     copied = copy.deepcopy(model)
     merge_lora(copied)
     return copied

@@ -40,6 +40,7 @@ from mmsearch.train.distributed import ranks_from
 from mmsearch.train.encoding import pick_device
 from mmsearch.train.examples import Examples, read_examples
 from mmsearch.train.journal import Journal
+from mmsearch.train.lora import merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.setup import begin
 from mmsearch.train.state import STATE
@@ -122,11 +123,12 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
         if rank := getattr(settings, side).lora:
             from mmsearch.train.lora import add_lora  # brings peft
 
-            add_lora(model, side=side, rank=rank)
+            last = getattr(settings, side).train
+            add_lora(model, side=side, rank=rank, last=last if isinstance(last, int) else None)
     shop = workshop_of(bench, stack)
     trainer = Trainer(settings, bench.examples, shop)
     before = trainer.measure(name="before") if not bench.start.known else _first(bench, shop)
-    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    initial = {name: value.clone() for name, value in plain_state(model).items()}
     bench.ranks.broadcast_state(model)
     resumed = trainer.resume()
     if resumed:
@@ -139,6 +141,7 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
         if before is not None and not resumed:
             journal.log(0, {f"val/{way}/hit@{k}": v[f"hit@{k}"] for way, v in _ways(before) for k in (1, 5, 10)})
     trainer.run(journal)
+    merge_lora(model)  # from here on weights are plain, before and after alike
     share = _wise(bench, trainer, shop, initial) if bench.ranks.is_main else 1.0
     return _finished(bench, trainer, shop, before=before, share=share, started=started)
 
@@ -191,10 +194,6 @@ def _finished(
     progress, warnings = trainer.progress, bench.warnings
     checkpoint, comparison = bench.out / BEST, None
     if bench.ranks.is_main:
-        if bench.settings.text.lora or bench.settings.image.lora:
-            from mmsearch.train.lora import merge_lora
-
-            merge_lora(trainer.model)
         shop.anchors.refresh()
         bench.watcher.note("writing the checkpoint")
         keep(bench, f"epoch-{progress.best_epoch + 1:04d}-final", graphs=True, card="")

@@ -17,12 +17,15 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mmsearch.errors import InputError, UsageError
 from mmsearch.train.augment import Augmentation
 from mmsearch.train.examples import DataSource
+from mmsearch.train.losses import Distillation, InfoNce, Matryoshka, build_objective
 from mmsearch.train.parameters import Tuning
+from mmsearch.train.schedule import rate_at
 
 BUNDLED = "bundled"
 _MAX_RECIPE = 1 << 20
@@ -92,6 +95,7 @@ class Run:
     validation score before the run stops, 0 for never. `ema`: decay of the average, 0 for none. `wise`: choose the
     share between the weights before and after on the validation split. `views`: random views a picture that are kept
     on disk, as outputs of the image tower's frozen first stages; 0 decodes anew each time, -1 decides by the device.
+    `graphs`: ONNX graphs beside the checkpoint, for queries without torch.
     """
 
     epochs: int = 10
@@ -120,6 +124,7 @@ class Run:
     save_seconds: float = 60.0
     max_steps: int = 0
     seed: int = 0
+    graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         _check_run(self.run)
         _check_objective(self.objective)
+        if self.data.workers is not None and self.data.workers < 0:
+            raise UsageError("data.workers", expected="0 or more", got=str(self.data.workers))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `settings_from` takes them."""
@@ -147,9 +154,9 @@ class TrainSettings:
         return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
 
     def digest(self) -> str:
-        """Equal for runs that take the same steps: where it computes and how often it saves do not count."""
+        """Equal for runs that take the same steps: how many hands it has and how often it saves do not count."""
         plain = self.to_json()
-        for free in ("threads", "save_seconds", "views_folder"):
+        for free in ("threads", "save_seconds", "views_folder", "graphs"):
             del plain["run"][free]
         del plain["data"]["workers"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
@@ -172,7 +179,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def overridden(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """`values` with "section.name=value" assignments put in; a value is read as TOML, else taken as text."""
-    result = {section: dict(part) if isinstance(part, Mapping) else part for section, part in values.items()}
+    result = dict(values)
     for assignment in assignments:
         place, equals, text = assignment.partition("=")
         section, dot, name = place.strip().partition(".")
@@ -182,8 +189,18 @@ def overridden(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[st
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        result.setdefault(section, {})[name] = value
+        _put(result, section, name, value)
     return result
+
+
+def _put(values: dict[str, Any], section: str, name: str, value: object) -> None:
+    values[section] = {**_table(values.get(section, {}), section), name: value}
+
+
+def _table(value: object, section: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"recipe, [{section}]", expected="a table of settings", got=repr(value)[:60])
+    return value
 
 
 def gathered(
@@ -196,7 +213,7 @@ def gathered(
     values = read_recipe(recipe) if recipe is not None else {}
     for place, value in given.items():
         section, _, name = place.partition(".")
-        values[section] = {**values.get(section, {}), name: value}
+        _put(values, section, name, value)
     values = overridden(values, assignments)
     if pairs:
         values["source"] = [{"path": path} for path in pairs]
@@ -218,8 +235,8 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
         if section in values:
             made[section] = _made(cls, values[section], section, base=getattr(defaults, section))
     if "augment" in values:
-        augment = dict(values["augment"])
-        enabled = augment.pop("enabled", True)
+        augment = dict(_table(values["augment"], "augment"))
+        enabled = _typed(augment.pop("enabled", True), bool, "augment.enabled")
         made["augment"] = _made(Augmentation, augment, "augment", base=Augmentation()) if enabled else None
     return TrainSettings(**made)
 
@@ -231,9 +248,7 @@ def _listed(value: object) -> Sequence[Mapping[str, Any]]:
 
 
 def _made(cls: type[Any], values: Mapping[str, Any], section: str, *, base: Any = None) -> Any:  # noqa: ANN401 - one of the classes above
-    if not isinstance(values, Mapping):
-        raise UsageError(f"recipe, [{section}]", expected="a table of settings", got=type(values).__name__)
-    hints = get_type_hints(cls)
+    values, hints = _table(values, section), get_type_hints(cls)
     if unknown := sorted(set(values) - set(hints)):
         raise UsageError(
             f"recipe, {section}.{unknown[0]}", expected=f"one of {', '.join(sorted(hints))}", got="an unknown name"
@@ -249,14 +264,27 @@ def _typed(value: object, hint: object, where: str) -> object:
     """`value` as the setting's type has it: whole numbers pass as fractions, lists as tuples."""
     if isinstance(value, list):
         value = tuple(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
         return float(value)
-    plain = {int: int, float: float, str: str, bool: bool}.get(hint)  # type: ignore[call-overload]
-    wrong = plain is not None and (not isinstance(value, plain) or (plain is int and isinstance(value, bool)))
-    if wrong or (hint == int | None and not (value is None or type(value) is int)):
-        name = getattr(hint, "__name__", str(hint))
+    if not _fits(value, hint):
+        name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).rpartition(".")[2]
         raise UsageError(where, expected=name, got=repr(value)[:60])
     return value
+
+
+def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - a type as it was written
+    """Whether a value is of one of the types that settings have; exact, since True is no number here."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _check_run(run: Run) -> None:
@@ -275,6 +303,11 @@ def _check_run(run: Run) -> None:
         raise UsageError("run.lr", expected="more than 0", got="0")
     if run.precision not in ("auto", "fp32", "bf16", "fp16"):
         raise UsageError("run.precision", expected="auto, fp32, bf16 or fp16", got=repr(run.precision))
+    if not all(0.0 <= beta < 1.0 for beta in run.betas):
+        raise UsageError("run.betas", expected="two numbers from 0 to below 1", got=str(run.betas))
+    if not -(2**63) <= run.seed < 2**63:
+        raise UsageError("run.seed", expected="a number of at most 64 bits", got=str(run.seed))
+    rate_at(0, total=1, kind=run.schedule)
 
 
 def _check_objective(objective: Objective) -> None:
@@ -283,5 +316,11 @@ def _check_objective(objective: Objective) -> None:
     for name in ("smoothing", "hard_share", "modality_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise UsageError(f"objective.{name}", expected="from 0 to 1", got=str(getattr(objective, name)))
-    if objective.hard_negatives < 0:
-        raise UsageError("objective.hard_negatives", expected="0 or more", got=str(objective.hard_negatives))
+    for name in ("hard_negatives", "soften_epochs", "mine_from"):
+        if getattr(objective, name) < 0:
+            raise UsageError(f"objective.{name}", expected="0 or more", got=str(getattr(objective, name)))
+    # What the parts of the loss refuse, they refuse now, not when pictures have been decoded for an hour.
+    build_objective(objective.name, smoothing=objective.smoothing, margin=objective.margin)
+    Distillation(objective.teacher_weight, objective.teacher_scale)
+    if objective.matryoshka:
+        Matryoshka(InfoNce(), objective.matryoshka)

@@ -49,8 +49,8 @@ _MOST_SEEDS = 2**31
 class Watcher(Protocol):
     """Who follows a run: a progress bar, or nothing."""
 
-    def start(self, total: int | None) -> None:
-        """So many steps (or pictures) are to come."""
+    def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
+        """A part of the work, `what`, begins: so many `unit` (steps, images) are to come."""
         ...
 
     def advance(self, n: int, *, note: str = "") -> None:
@@ -144,7 +144,7 @@ class Trainer:
 
     def run(self, journal: Journal | None) -> None:
         """From where `progress` stands to the end; the journal is the main rank's."""
-        self.shop.watcher.start(self.steps)
+        self.shop.watcher.start(self.steps, what="training", unit="steps")
         self.shop.watcher.advance(self.progress.step)
         with self.shop.passes.running():
             while not self._ended():

@@ -113,7 +113,7 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
         ),
     )  # fmt: skip
     bench.watcher.note(f"keeping {wanted} views of {len(bench.examples.train)} pictures behind {count} frozen stages")
-    bench.watcher.start(wanted * len(bench.examples.train))
+    bench.watcher.start(wanted * len(bench.examples.train), what="frozen stages", unit="images")
     filler = PixelFeed(
         joined_captions(bench.examples.train), preprocessing=model.config.preprocessing,
         tokeniser=bench.start.tokeniser(), augmentation=settings.augment, workers=settings.data.workers,
@@ -159,7 +159,7 @@ def _taught(bench: Bench) -> Taught | None:
         return None
     teacher = Encoder.load(objective.teacher)
     bench.watcher.note(f"encoding {len(pairs)} pictures with the teacher {teacher.identity.name}")
-    bench.watcher.start(len(pairs))
+    bench.watcher.start(len(pairs), what="teacher", unit="images")
     images = np.zeros((len(pairs), teacher.dim), np.float32)
     images[:, 0] = 1.0  # of a picture that cannot be read: it is never drawn
     for where, pixels in plain_pixels(

@@ -1,5 +1,7 @@
 """Stages: every parameter once, from input to output, for any backbone."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -28,8 +30,9 @@ BACKBONES = {
 }
 
 
+@cache
 def backbone_of(name):
-    """Shapes only: on the meta device nothing is computed or stored."""
+    """Shapes only: on the meta device nothing is computed or stored. Read only."""
     with torch.device("meta"):
         return build_backbone(ImageConfig(backbone=name), size=224)
 

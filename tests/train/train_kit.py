@@ -1,0 +1,97 @@
+"""A tiny run: pictures of two colours with captions that say them, a tiny start, and settings that end in a second."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmsearch.testing import COLORS, TINY_CONFIG, tiny_tokenizer_json
+from mmsearch.train.run import train
+from mmsearch.train.settings import TrainSettings, settings_from
+
+PAIRS = [(inner, outer) for inner, outer in itertools.product(COLORS, COLORS) if inner != outer]
+
+
+def picture(path: Path, inner: str, outer: str, *, seed: int) -> str:
+    """A square of one colour in a frame of another, with noise."""
+    draw = np.random.default_rng(seed)
+    pixels = np.empty((40, 40, 3), np.float64)
+    pixels[:] = COLORS[outer]
+    pixels[8:32, 8:32] = COLORS[inner]
+    pixels += draw.normal(scale=12.0, size=pixels.shape)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def table(folder: Path, count: int = 16, *, captions: int = 2, val: int = 4, broken: int = 0) -> str:
+    """A CSV of `count` pictures, the last `val` of them for validation and the first `broken` no pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, place in enumerate(np.random.default_rng(1).permutation(len(PAIRS))[:count]):
+        inner, outer = PAIRS[place]
+        path = picture(folder / f"{i:02d}.png", inner, outer, seed=i)
+        if i < broken:
+            Path(path).write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+        texts = [f"a {inner} car on the {outer} beach", f"the {inner} dog on {outer}", f"photo of a {inner} cat"]
+        rows += [(path, text, "val" if i >= count - val else "train") for text in texts[:captions]]
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("image", "caption", "split"), *rows])
+    return str(folder / "pairs.csv")
+
+
+def anew(folder: Path, **config) -> dict:
+    """`[start]` of towers from random numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tiny_tokenizer_json())
+    return {"model": "", "config": {**TINY_CONFIG, **config}, "tokenizer": str(folder / "tokenizer.json")}
+
+
+def settings(pairs: str, **sections) -> TrainSettings:
+    """Three epochs in batches of four, decoded in this process; sections as in a recipe replace single values."""
+    run = {"epochs": 3, "batch_size": 4, "lr": 1e-3, "views": 0, "device": "cpu", "precision": "fp32"}
+    values = {"source": [{"path": pairs}], "data": {"workers": 0}, "run": run, "image": {"train": "all"}}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return settings_from(values)
+
+
+def journal(out: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in lines]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step."""
+    return [line["loss"] for line in journal(out) if "loss" in line]
+
+
+class Stop(Exception):
+    """A run was interrupted on purpose."""
+
+
+class Watch:
+    """Follows a run and remembers its notes; raises `Stop` after `stop` steps."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop, self.notes, self.steps = stop, [], 0
+
+    def start(self, total):
+        self.steps = 0
+
+    def advance(self, n, *, note=""):
+        if note:  # a step, not a picture
+            self.steps += n
+            if self.steps == self.stop:
+                raise Stop
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run(out: Path, chosen: TrainSettings, **options):
+    return train(chosen, out, **options)
