@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,109 +17,110 @@ from mmsearch.errors import UsageError
 if TYPE_CHECKING:
     from mmsearch.train.run import TrainReport
 
-RESUME = "interrupted: the best checkpoint is kept. Run the same command again to go on where it stopped."
+RESUME = "interrupted: what was done is kept. Run the same command again to go on where it stopped."
+
+
+Pairs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PAIRS]", help="Pictures with captions: CSV, JSONL, Parquet, JSON, tars or folders."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where checkpoint and report go.", metavar="DIR")]
+Start = Annotated[
+    str | None,
+    typer.Option("--model", help="The checkpoint to go on from [default: the bundled model].", metavar="MODEL"),
+]
+Recipe = Annotated[
+    Path | None, typer.Option("--recipe", help="Settings in TOML; options below replace them.", metavar="FILE")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="[default: 10]", min=1, metavar="N")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs in a batch [default: 128].", min=2, metavar="N")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Base learning rate [default: 3e-4].", metavar="X")]
+Loss = Annotated[
+    str | None, typer.Option("--loss", help="info_nce, sigmoid, hinge, max_hinge, or several with +.", metavar="NAME")
+]
+TuneText = Annotated[
+    str | None,
+    typer.Option("--tune-text", help="all, head, none, or the last N layers [default: all].", metavar="PART"),
+]
+TuneImage = Annotated[
+    str | None, typer.Option("--tune-image", help="all, head, none, or the last N stages [default: 3].", metavar="PART")
+]
+Lora = Annotated[
+    int | None, typer.Option("--lora", help="Adapters of rank R instead of whole backbones.", min=1, metavar="R")
+]
+Augment = Annotated[bool | None, typer.Option("--augment/--no-augment", help="Random views of pictures [default: on].")]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="Gradient caching, N pairs at a time.", min=1, metavar="N")]
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", help="Imitate this model's similarities as well.", metavar="MODEL")
+]
+ValShare = Annotated[
+    float | None, typer.Option("--val-share", help="Held out where the data has no split [default: 0.1].", metavar="X")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="Only so many pictures.", min=2, metavar="N")]
+Patience = Annotated[
+    int | None, typer.Option("--patience", help="Stop after N epochs without gain [default: 4].", min=0, metavar="N")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="[default: 0]", metavar="N")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16 [default: auto].", metavar="NAME")
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of a recipe; may be repeated.", metavar="SECTION.NAME=VALUE"),
+]
 
 
 @guarded(interrupted=RESUME)
 def train(
     ctx: typer.Context,
-    pairs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PAIRS]", help="Pictures with captions: CSV, JSONL, Parquet, JSON, tars or folders."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where checkpoint and report go.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="The checkpoint to go on from [default: the bundled model]."),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Settings in TOML; options below replace them.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, metavar="N", help="[default: 10]")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=2, metavar="N", help="Pairs in a batch [default: 128].")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Base learning rate [default: 3e-4].")] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option("--loss", metavar="NAME", help="info_nce, sigmoid, hinge, max_hinge, or several with +."),
-    ] = None,
-    tune_text: Annotated[
-        str | None,
-        typer.Option("--tune-text", metavar="PART", help="all, head, none, or the last N layers [default: all]."),
-    ] = None,
-    tune_image: Annotated[
-        str | None,
-        typer.Option("--tune-image", metavar="PART", help="all, head, none, or the last N stages [default: 3]."),
-    ] = None,
-    lora: Annotated[
-        int | None, typer.Option("--lora", min=1, metavar="R", help="Adapters of rank R instead of whole backbones.")
-    ] = None,
-    augment: Annotated[
-        bool | None, typer.Option("--augment/--no-augment", help="Random views of pictures [default: on].")
-    ] = None,
-    chunk: Annotated[
-        int | None, typer.Option("--chunk", min=1, metavar="N", help="Gradient caching, N pairs at a time.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", metavar="MODEL", help="Imitate this model's similarities as well.")
-    ] = None,
-    val_share: Annotated[
-        float | None, typer.Option("--val-share", metavar="X", help="Held out where the data has no split [0.1].")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=2, metavar="N", help="Only so many pairs.")] = None,
-    patience: Annotated[
-        int | None, typer.Option("--patience", min=0, metavar="N", help="Stop after N epochs without gain [4].")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="[default: 0]")] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16 [default: auto].")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Any setting of a recipe; may be repeated."),
-    ] = None,
+    pairs: Pairs = None,
+    out: Out = None,
+    model: Start = None,
+    recipe: Recipe = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Rate = None,
+    loss: Loss = None,
+    tune_text: TuneText = None,
+    tune_image: TuneImage = None,
+    lora: Lora = None,
+    augment: Augment = None,
+    chunk: Chunk = None,
+    teacher: Teacher = None,
+    val_share: ValShare = None,
+    limit: Limit = None,
+    patience: Patience = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    setting: Setting = None,
     workers: options.Workers = None,
     device: options.OnDevice = options.Device.AUTO,
-    force: Annotated[bool, typer.Option("--force", help="Start anew whatever is in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start anew whatever a run left in --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Fine-tune a model on pictures with captions; interrupted, the same command goes on."""
     if out is None:
-        raise UsageError(
-            "--out", expected="a folder for the checkpoint", got="nothing", do="Add --out checkpoints/NAME."
-        )
-    given: dict[str, Any] = {
-        "start.model": model,
-        "run.epochs": epochs,
-        "run.batch_size": batch_size,
-        "run.lr": lr,
-        "run.chunk": chunk,
-        "run.patience": patience,
-        "run.seed": seed,
-        "run.precision": precision,
+        raise UsageError("--out", expected="a folder", got="nothing", do="Add --out checkpoints/NAME.")
+    given = {
+        "start.model": model, "run.epochs": epochs, "run.batch_size": batch_size, "run.lr": lr, "run.chunk": chunk,
+        "run.patience": patience, "run.seed": seed, "run.precision": precision,
         "run.device": None if device == options.Device.AUTO else device.value,
-        "data.val_share": val_share,
-        "data.limit": limit,
-        "data.workers": workers,
-        "objective.name": loss,
-        "objective.teacher": teacher,
-        "text.train": _part(tune_text),
-        "image.train": _part(tune_image),
-        "text.lora": lora,
-        "image.lora": lora,
-        "augment.enabled": augment,
-    }
+        "data.val_share": val_share, "data.limit": limit, "data.workers": workers, "objective.name": loss,
+        "objective.teacher": teacher, "text.train": _part(tune_text), "image.train": _part(tune_image),
+        "text.lora": lora, "image.lora": lora, "augment.enabled": augment,
+    }  # fmt: skip
     with Bar("training", unit="steps") as bar:
         report: TrainReport = ctx.obj.train(
             pairs or [], out, recipe=recipe, given={k: v for k, v in given.items() if v is not None},
             assignments=setting or [], force=force, watcher=bar, environ=os.environ,
         )  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":
+        return None  # under torchrun the first process speaks for all
     if json:
-        emit(as_json(report.to_json()))
-        return
+        return emit(as_json(report.to_json()))
     for line in _lines(report):
         emit(line)
+    return None
 
 
 def _part(text: str | None) -> str | int | None:

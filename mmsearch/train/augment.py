@@ -4,6 +4,7 @@ Decisions:
 - A view is a function of its seed alone: not of the worker, the batch or the order. That makes a run repeatable
   and lets views be kept on disk (`views`).
 - A crop keeps the photo's own shape to within `ratio`, because a photo of any shape is encoded by the same resize.
+- RandAugment is written with Pillow's operations: a library's would bring torch into every decode worker.
 - A photo whose caption speaks of left or right is never mirrored.
 """
 
@@ -12,10 +13,13 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
+
+from mmsearch.errors import UsageError
 
 _SIDES = re.compile(
     r"\b(left|right|leftmost|rightmost|east|west|text|sign|reads?|words?|letters?|number)\b", re.IGNORECASE
@@ -40,6 +44,14 @@ class Augmentation:
     randaugment: int = 0
     word_drop: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("crop", 0.01, 1.0), ("ratio", 1.0, 10.0), ("flip", 0.0, 1.0), ("colour", 0.0, 1.0),
+            ("randaugment", 0, 100), ("word_drop", 0.0, 1.0),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"augment.{name}", expected=f"from {low} to {high}", got=str(getattr(self, name)))
+
 
 NO_AUGMENTATION = Augmentation(crop=1.0, ratio=1.0, flip=0.0, colour=0.0)
 
@@ -58,7 +70,7 @@ def augment_image(image: Image.Image, settings: Augmentation, *, seed: int, may_
     if settings.colour:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             view = enhance(view).enhance(draw.uniform(1 - settings.colour, 1 + settings.colour))
-    return _randaugment(view, settings.randaugment, seed=seed) if settings.randaugment else view
+    return _randaugment(view, settings.randaugment, draw)
 
 
 def drop_words(caption: str, probability: float, *, seed: int) -> str:
@@ -84,11 +96,55 @@ def _random_crop(image: Image.Image, settings: Augmentation, draw: random.Random
     return image
 
 
-def _randaugment(image: Image.Image, operations: int, *, seed: int) -> Image.Image:
-    import torch
-    from torchvision.transforms import v2
+def _randaugment(image: Image.Image, operations: int, draw: random.Random) -> Image.Image:
+    """So many operations of RandAugment, each at a random strength up to about two thirds of the paper's scale."""
+    for _ in range(operations):
+        image = draw.choice(_OPERATIONS)(image, draw.uniform(-0.6, 0.6))
+    return image
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        view: Image.Image = v2.RandAugment(num_ops=operations)(image)
-    return view
+
+def _one(strength: float, size: tuple[int, int]) -> float:
+    return 1.0
+
+
+def _none(strength: float, size: tuple[int, int]) -> float:
+    return 0.0
+
+
+def _enhanced(kind: Callable[[Image.Image], Any]) -> _Operation:
+    def operation(image: Image.Image, strength: float) -> Image.Image:
+        found: Image.Image = kind(image).enhance(1 + strength)
+        return found
+
+    return operation
+
+
+def _moved(*rows: Callable[[float, tuple[int, int]], float]) -> _Operation:
+    """An affine map from where a pixel goes to where it comes from; what comes from outside is grey."""
+
+    def operation(image: Image.Image, strength: float) -> Image.Image:
+        data = tuple(row(strength, image.size) for row in rows)
+        return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=_GREY)
+
+    return operation
+
+
+_Operation: TypeAlias = Callable[[Image.Image, float], Image.Image]
+_GREY = (128, 128, 128)
+_OPERATIONS: tuple[_Operation, ...] = (
+    lambda image, strength: image,
+    lambda image, strength: ImageOps.autocontrast(image),
+    lambda image, strength: ImageOps.equalize(image),
+    lambda image, strength: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+    lambda image, strength: ImageOps.solarize(image, round(256 * (1 - abs(strength)))),
+    lambda image, strength: image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=_GREY),
+    _enhanced(ImageEnhance.Color),
+    _enhanced(ImageEnhance.Contrast),
+    _enhanced(ImageEnhance.Brightness),
+    _enhanced(ImageEnhance.Sharpness),
+    _moved(_one, lambda strength, size: 0.3 * strength, _none, _none, _one, _none),
+    _moved(_one, _none, _none, lambda strength, size: 0.3 * strength, _one, _none),
+    _moved(_one, _none, lambda strength, size: 0.45 * strength * size[0], _none, _one, _none),
+    _moved(_one, _none, _none, _none, _one, lambda strength, size: 0.45 * strength * size[1]),
+)
+"""The operations of the paper's table 1: colour, shear in x and y, shift in x and y."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmsearch.errors import InputError, UsageError
 
-SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Average:

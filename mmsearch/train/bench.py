@@ -2,17 +2,22 @@
 
 Decisions:
 - A checkpoint is written under a name of its own and shown by the link `best`, which is swapped in one rename: there
-  is no moment at which the best model is not whole.
+  is no moment at which the best model is not whole. A name that is there already, from before an interruption, is not
+  written to again: `best` may point to it.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mmsearch.errors import ModelError, ResourceError
 from mmsearch.towers.checkpoint import save_checkpoint
 from mmsearch.towers.locate import BEST
 from mmsearch.train.distributed import Ranks
@@ -24,6 +29,7 @@ from mmsearch.train.trainer import Watcher
 from mmsearch.types import Skipped
 
 RUN = "run"
+_OURS = re.compile(r"epoch-\d{4}(-final)?(-again)*")
 
 
 class Silent:
@@ -70,20 +76,38 @@ class Bench:
 
 
 def keep(bench: Bench, name: str, *, graphs: bool, card: str) -> None:
-    """Store the model as it is now in OUT/`name` and let OUT/best be that, in one rename; older ones are removed."""
-    model = bench.start.model
-    plain = _without_adapters(model)
+    """Store the model as it is now in OUT/`name` and let OUT/best be that, in one rename; older ones are removed.
+
+    Raises `ResourceError` when the disk does not take it; what was the best stays.
+    """
+    while (bench.out / name).exists():
+        name += "-again"
     save_checkpoint(
-        plain, bench.out / name, tokenizer_json=bench.start.tokenizer_json, name=bench.out.resolve().name,
-        card=card or "A checkpoint of a run that has not ended.\n", graphs=graphs,
+        _without_adapters(bench.start.model), bench.out / name, tokenizer_json=bench.start.tokenizer_json,
+        name=bench.out.resolve().name, card=card or "A checkpoint of a run that has not ended.\n", graphs=graphs,
     )  # fmt: skip
     draft = bench.out / f".{BEST}.draft"
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(name, target_is_directory=True)
-    draft.replace(bench.out / BEST)
-    for old in bench.out.glob("epoch-*"):
-        if old.name != name:
+    try:
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(name, target_is_directory=True)
+        draft.replace(bench.out / BEST)
+    except OSError as error:
+        why = error.strerror or str(error)
+        do = f"Use a disk that knows links, and remove {BEST} if it is a folder."
+        raise ResourceError(str(bench.out / BEST), expected="a link that can be made", got=why, do=do) from error
+    for old in bench.out.iterdir():
+        if _OURS.fullmatch(old.name) and old.name != name and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_final(bench: Bench, name: str) -> None:
+    """As `keep`, with graphs where they are wanted and can be made; without them queries need torch, nothing else."""
+    if bench.settings.run.graphs:
+        try:
+            return keep(bench, name, graphs=True, card="")
+        except (ModelError, RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
+            bench.warn(f"no graphs beside the checkpoint, a query will need torch: {str(error).splitlines()[0][:160]}")
+    return keep(bench, name, graphs=False, card="")
 
 
 def _without_adapters(model: Any) -> Any:  # noqa: ANN401 - a dual encoder, with adapters or without

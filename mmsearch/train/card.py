@@ -27,7 +27,7 @@ def card_of(
         lines += [*comparison.lines(), "```", ""]
     lines += [
         "The licences of the data and of the weights it started from apply to this model. "
-        "The settings of the run are in `settings.json` beside it.",
+        "The settings of the run are in `settings.json` of its folder.",
         "",
     ]
     return "\n".join(lines)

@@ -74,6 +74,7 @@ def _gains(module: nn.Module) -> bool:
         and module.kernel_size in ((5, 5), (7, 7))
         and module.stride in ((1, 1), (2, 2))
         and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
         and module.padding in ((0, 0), (module.kernel_size[0] // 2,) * 2)
         and module.bias is None
     )

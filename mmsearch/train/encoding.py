@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mmsearch.errors import UsageError
@@ -26,6 +26,7 @@ from mmsearch.train.depthwise import fast_depthwise
 from mmsearch.train.prefix import FrozenPrefix
 
 _PIECE, _AT_ONCE = 32, 256
+_SWITCHES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 _CPU_FLAGS = Path("/proc/cpuinfo")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,9 +35,13 @@ def pick_device(device: str) -> torch.device:
     """`device`, or the first GPU, or the CPU for "auto"; `UsageError` when it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError("device", expected="cpu, cuda or cuda:N", got=repr(device)) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError("device", expected="cpu, or a CUDA device that torch can use", got=device)
-    return torch.device(device)
+    return found
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -46,7 +51,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return _DTYPES[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
@@ -170,6 +175,10 @@ class Texts:
             return self._passes.texts(self.pooled(), self.pooled()).float().cpu().numpy()
         return self._run(self._passes.texts, self._passes.model.config.dim).numpy()
 
+    def forget(self) -> None:
+        """Make what is kept anew the next time."""
+        self._pooled = None
+
     @torch.no_grad()
     def pooled(self) -> Tensor:
         """(n, w) float32 features before projection, made once; call it in evaluation mode."""
@@ -190,8 +199,10 @@ def checkpoint_activations(model: DualEncoder) -> list[str]:
     """Recompute activations in the backward pass where a backbone knows how; -> the sides that do not know."""
     unable: list[str] = []
     text, image = model.text.backbone, getattr(model.image.backbone, "model", model.image.backbone)
-    if hasattr(text, "gradient_checkpointing_enable"):
-        text.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5 renamed it, and warns of the old name
+    enable = next((getattr(text, name) for name in _SWITCHES if hasattr(text, name)), None)
+    if enable is not None:
+        enable({"use_reentrant": False})
     else:
         unable.append("text")
     switch = getattr(image, "set_grad_checkpointing", None)
@@ -206,8 +217,3 @@ def _switched(switch: object) -> bool:
     except (AssertionError, NotImplementedError):  # timm's way of saying that a model has none
         return False
     return True
-
-
-def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Every parameter of `modules` that learns."""
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]

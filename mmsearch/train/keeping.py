@@ -29,10 +29,11 @@ class KeptClasses:
     """weight · KL(verdict before || verdict now), over classes, mean over an eighth of the batch; in nats.
 
     Known value: 0 while the backbone is what it was. Make it before the first step, and from the start's weights.
+    `chunk`: pictures at a time, 0 for all of the part. On several ranks each takes a part of its own share.
     """
 
-    def __init__(self, passes: TowerPass, *, weight: float) -> None:
-        self._passes, self._weight = passes, weight
+    def __init__(self, passes: TowerPass, *, weight: float, chunk: int = 0) -> None:
+        self._passes, self._weight, self._chunk = passes, weight, chunk
         tower = passes.model.image
         assert tower.anchors is not None  # for the type checker
         self._classifier = tower.anchors.classifier
@@ -44,10 +45,17 @@ class KeptClasses:
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """(b, ...) pictures as the step has them: adds the gradient, and tells the value."""
         part = images[: max(_FEWEST, len(images) // _PART)]
-        before = self._verdict_before(part)
-        now = self._classifier(self._passes.pooled_images(part)).log_softmax(dim=-1)
-        value = self._weight * functional.kl_div(now, before, reduction="batchmean", log_target=True)
-        torch.autograd.backward(scale(value) if scale else value)
+        return sum(
+            self._backward(piece, share=self._weight * len(piece) / len(part), scale=scale)
+            for piece in part.split(self._chunk or len(part))
+        )
+
+    def _backward(self, images: Tensor, *, share: float, scale: Callable[[Tensor], Tensor] | None) -> float:
+        before = self._verdict_before(images)
+        now = self._classifier(self._passes.pooled_images(images)).log_softmax(dim=-1)
+        value = share * functional.kl_div(now, before, reduction="batchmean", log_target=True)
+        if value.requires_grad:  # not while the backbone waits (`Schedule.backbone_start`)
+            torch.autograd.backward(scale(value) if scale else value)
         return float(value.detach())
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ Decisions:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +22,11 @@ from mmsearch.train.encoding import Texts
 from mmsearch.train.feed import Batch, PixelFeed
 from mmsearch.train.prefix import KeptViews
 from mmsearch.types import Pair
+
+
+def closing_feed(batches: Iterator[Batch]) -> AbstractContextManager[Iterator[Batch]]:
+    """For a `with`: what makes the batches ends with the block, not when an error's traceback is forgotten."""
+    return closing(batches) if isinstance(batches, Generator) else nullcontext(batches)
 
 
 class Feed(Protocol):

@@ -17,22 +17,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmsearch.data.packed import packed
 from mmsearch.errors import ResourceError
+from mmsearch.towers.pooling import Pooling
 from mmsearch.towers.stages import Stage, stages
-from mmsearch.train.augment import Augmentation
+from mmsearch.train.augment import Augmentation, names_a_side
 from mmsearch.train.batches import Draw
 from mmsearch.types import Pair, Preprocessing
 
@@ -48,26 +52,32 @@ class FrozenPrefix:
     pools = False
 
     def __init__(self, backbone: nn.Module, count: int) -> None:
-        parts = stages(backbone)
-        self.backbone, self.stages, self._later = backbone, parts[:count], parts[count:]
+        self.backbone, self._count = backbone, count
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The frozen stages, as the backbone is built now: adapters that came or went replaced modules."""
+        return stages(self.backbone)[: self._count]
 
     def outputs(self, images: Tensor) -> Tensor:
         """(b, 3, s, s) normalised pixels -> (b, ...) the output of the last of these stages."""
-        last, found = self.stages[-1].modules[-1], []
+        parts = stages(self.backbone)
+        last, found = parts[self._count - 1].modules[-1], []
         own = last.forward
 
         def kept(*inputs: Any, **settings: Any) -> Tensor:  # noqa: ANN401 - whatever a stage is given
             found.append(own(*inputs, **settings))
             return found[-1]
 
-        with _replaced({module: _hand_on for stage in self._later for module in stage.modules} | {last: kept}):
+        with _replaced({module: _hand_on for stage in parts[self._count :] for module in stage.modules} | {last: kept}):
             self.backbone(images)  # what comes out at its end may have been turned around
         return found[-1]
 
     def rest(self, outputs: Tensor) -> Tensor:
         """(b, ...) as from `outputs` -> the backbone's features."""
-        passing = {module: _hand_on for stage in self.stages for module in stage.modules}
-        passing[self.stages[-1].modules[-1]] = lambda *inputs, **settings: outputs
+        frozen = self.stages
+        passing = {module: _hand_on for stage in frozen for module in stage.modules}
+        passing[frozen[-1].modules[-1]] = lambda *inputs, **settings: outputs
         with _replaced(passing):
             features: Tensor = self.backbone(outputs)
         return features
@@ -98,7 +108,7 @@ class FrozenBackbone(FrozenPrefix):
 
     pools = True
 
-    def __init__(self, backbone: nn.Module, pooling: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, pooling: Pooling) -> None:
         super().__init__(backbone, len(stages(backbone)))
         self._pooling = pooling
 
@@ -111,6 +121,10 @@ class FrozenBackbone(FrozenPrefix):
     def fits(self, images: Tensor) -> bool:
         """Always: nothing is cut."""
         return True
+
+    def digest(self) -> str:
+        """Changes with any weight, and with the kind of pooling."""
+        return f"{super().digest()} {self._pooling.kind}"
 
 
 @contextmanager
@@ -146,9 +160,9 @@ def view_seed(pair: Pair, view: int) -> int:
 
 
 class KeptViews:
-    """(views, n, ...) float16 stage outputs of `pairs` on disk, filled once; view 0 is the plain one if `plain`.
+    """(views, n, ...) float16 stage outputs of `pairs` on disk, filled once.
 
-    `folder`: where the files are; a subfolder by what made them. `encode`: (b, s, s, 3) uint8 -> (b, ...) outputs.
+    `folder`: where the files are; a subfolder by what made them. `unfit`: rows whose picture cannot be used.
     """
 
     def __init__(
@@ -161,7 +175,7 @@ class KeptViews:
     ) -> None:
         weights, preprocessing, augmentation = made_by
         facts = [weights, asdict(preprocessing), asdict(augmentation) if augmentation else None]
-        facts.append([[pair.image, _size_of(pair.image)] for pair in pairs])
+        facts.append([[pair.image, *_stamp_of(pair.image), names_a_side(pair.captions)] for pair in pairs])
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
         self.folder, self._pairs, self.views = folder / digest[:16], pairs, views
         self._maps: list[NDArray[np.float16]] = []
@@ -171,19 +185,24 @@ class KeptViews:
         self, feed: Callable[[list[list[Draw]]], Iterator[Any]], *, shape: tuple[int, ...], batch_size: int,
         encode: Callable[[Tensor], Tensor], advance: Callable[[int], None],
     ) -> None:  # fmt: skip
-        """Make what is missing. `feed`: plan -> batches with `draws` and `images`; `advance` hears of each batch."""
+        """Make what is missing. `feed`: plan -> batches with `draws` and `images`; `advance` hears of each batch.
+
+        Raises `ResourceError` when the disk has too little space. Two runs that share a folder fill it in turn.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_space(shape)
-        for view in range(self.views):
-            path = self.folder / f"view-{view}.npy"
-            if not path.exists():
-                self._fill_view(
-                    path, view, feed=feed, shape=shape, batch_size=batch_size, encode=encode, advance=advance
-                )
-            else:
-                advance(len(self._pairs))
-            self._maps.append(np.load(path, mmap_mode="r"))
-        self.unfit = {row for row in range(len(self._pairs)) if np.isnan(self._maps[0][row].flat[0])}
+        with filelock.FileLock(self.folder / ".lock"):
+            self._check_space(shape)
+            for view in range(self.views):
+                path = self.folder / f"view-{view}.npy"
+                if not path.exists():
+                    self._fill_view(
+                        path, view, feed=feed, shape=shape, batch_size=batch_size, encode=encode, advance=advance
+                    )
+                else:
+                    advance(len(self._pairs))
+                self._maps.append(np.load(path, mmap_mode="r"))
+        # A picture that a slow disk kept from one view alone would be NaN in some steps and not in others.
+        self.unfit = {row for row in range(len(self._pairs)) if any(np.isnan(one[row].flat[0]) for one in self._maps)}
 
     def read(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """(b,) rows and views -> (b, ...) float16."""
@@ -196,12 +215,14 @@ class KeptViews:
     ) -> None:  # fmt: skip
         draft, progress = path.with_suffix(".draft"), path.with_suffix(".done")
         whole = (len(self._pairs), *shape)
-        done = int(progress.read_text()) if progress.exists() and draft.exists() else 0
+        done = _count_in(progress) if draft.exists() else 0
         kept = np.lib.format.open_memmap(draft, mode="r+" if done else "w+", dtype=np.float16, shape=whole)
+        _reserve(draft)
+        advance(done)
         draws = [Draw(row, 0, view_seed(pair, view)) for row, pair in enumerate(self._pairs)]
         plan = [draws[start : start + batch_size] for start in range(done, len(draws), batch_size)]
         batches = feed(plan)
-        with closing(batches) if isinstance(batches, Generator) else _open(batches):
+        with closing(batches) if isinstance(batches, Generator) else nullcontext():
             for number, (wanted, batch) in enumerate(zip(plan, batches, strict=True), start=1):
                 kept[[draw.row for draw in wanted]] = np.float16(np.nan)
                 if batch.draws:
@@ -227,13 +248,26 @@ class KeptViews:
             )  # fmt: skip
 
 
-@contextmanager
-def _open(batches: Iterator[Any]) -> Iterator[None]:
-    yield
+def _reserve(path: Path) -> None:
+    """Take the room on the disk now: a mapped file that finds none later ends the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _size_of(path: str) -> int:
+def _count_in(path: Path) -> int:
+    """How many pictures are done; 0 when nobody wrote it, or a kill left it empty."""
     try:
-        return Path(path).stat().st_size
-    except OSError:
-        return -1
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _stamp_of(path: str) -> tuple[int, int]:
+    """Size and time of the picture, or of the file that it is packed in; (-1, -1) where there is none."""
+    found = packed(path)
+    try:
+        facts = os.stat(path if found is None else found.file)
+    except (OSError, ValueError):
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns

@@ -40,7 +40,10 @@ def compiled_prefix(
     Checked against torch on a random picture before it is handed out.
     """
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
+    # onnxruntime's errors have no base of their own
+    refusals = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
     example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,7 +57,8 @@ def compiled_prefix(
                 input_names=["pixels"], dynamic_shapes={"pixels": {0: torch.export.Dim("b", min=1, max=4096)}},
             )  # fmt: skip
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError):
+            session.run(None, {"pixels": example.numpy()})
+        except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError, *refusals):
             return None
 
     def run(pixels: Tensor) -> Tensor:

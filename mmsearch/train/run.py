@@ -1,6 +1,7 @@
 """`train`: settings and data in, a checkpoint and a report out.
 
     OUT/best -> epoch-0007/   a whole checkpoint, at any moment; a model's name may be OUT itself
+    OUT/held_out.jsonl        the pairs that were held out, for `mmsearch eval`
     OUT/metrics.jsonl, tensorboard/, curves.png, settings.json, report.json
     OUT/run/                  what the run needs to go on after an interruption; removed when it has ended
 
@@ -13,12 +14,13 @@ Decisions:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,30 +29,30 @@ import filelock
 import torch
 from torch import Tensor
 
-from mmsearch.errors import InputError, UsageError
+from mmsearch.errors import InputError, ResourceError, UsageError
 from mmsearch.evaluate.comparison import Comparison, compare
 from mmsearch.evaluate.report import Evaluation
 from mmsearch.towers.checkpoint import load_dual_encoder
 from mmsearch.towers.locate import BEST
 from mmsearch.train.averaging import choose_share
-from mmsearch.train.bench import RUN, Bench, Silent, keep
+from mmsearch.train.bench import RUN, Bench, Silent, keep_final
 from mmsearch.train.card import card_of
 from mmsearch.train.curves import draw_curves
 from mmsearch.train.distributed import ranks_from
-from mmsearch.train.encoding import pick_device
+from mmsearch.train.encoding import TowerPass, pick_device
 from mmsearch.train.examples import Examples, read_examples
-from mmsearch.train.journal import Journal
-from mmsearch.train.lora import merge_lora, plain_state
+from mmsearch.train.journal import METRICS, Journal
+from mmsearch.train.lora import add_lora, merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.setup import begin
 from mmsearch.train.state import STATE
-from mmsearch.train.trainer import Trainer, Watcher, Workshop
+from mmsearch.train.trainer import Trainer, Watcher, Workshop, digest_of, standing
 from mmsearch.train.validation import Validation, score_of
 from mmsearch.train.workshop import workshop_of
-from mmsearch.types import Skipped
+from mmsearch.types import Pair, Skipped
 
-REPORT, SETTINGS = "report.json", "settings.json"
-WISE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+REPORT, SETTINGS, HELD_OUT = "report.json", "settings.json", "held_out.jsonl"
+_SHARED = "Let all nodes see one --out folder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +104,24 @@ def train(
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     with ExitStack() as stack:
+        stack.enter_context(_resources(folder))
         ranks = stack.enter_context(ranks_from(environ or {}, device=str(device)))
         if ranks.is_main:
             stack.enter_context(_claimed(folder, force=force))
+        else:
+            watcher = None  # one rank talks
+        ranks.from_main(0.0)  # nobody reads the folder before it is claimed and, with `force`, emptied
         examples = read_examples(
             settings.sources, val_share=settings.data.val_share, seed=settings.run.seed, limit=settings.data.limit
         )
         start = begin(settings.start, seed=settings.run.seed)
         bench = Bench(settings, folder, watcher or Silent(), ranks, examples, start, skipped=list(examples.skipped))
+        standing(bench.folder, digest_of(settings, examples, world=ranks.world))  # refused before anything is changed
         for warning in (*examples.warnings, *_about(settings, examples)):
             bench.warn(warning)
         if ranks.is_main:
             _write_json(folder / SETTINGS, settings.to_json())
+            _write_pairs(folder / HELD_OUT, examples.val)
         return _trained(bench, stack, started=started)
 
 
@@ -121,8 +129,6 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
     settings, model = bench.settings, bench.start.model
     for side in ("text", "image"):
         if rank := getattr(settings, side).lora:
-            from mmsearch.train.lora import add_lora  # brings peft
-
             last = getattr(settings, side).train
             add_lora(model, side=side, rank=rank, last=last if isinstance(last, int) else None)
     shop = workshop_of(bench, stack)
@@ -131,6 +137,8 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
     initial = {name: value.clone() for name, value in plain_state(model).items()}
     bench.ranks.broadcast_state(model)
     resumed = trainer.resume()
+    if trainer.progress.step != bench.ranks.from_main(trainer.progress.step):
+        raise InputError(str(bench.folder), expected="the same state on every rank", got="another step", do=_SHARED)
     if resumed:
         bench.watcher.note(f"going on at epoch {trainer.progress.epoch + 1}, step {trainer.progress.step}")
     journal = None
@@ -180,7 +188,7 @@ def _wise(bench: Bench, trainer: Trainer, shop: Workshop, initial: Mapping[str, 
     after = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     bench.watcher.note("weighing the weights before and after (WiSE-FT)")
     share, scores = choose_share(
-        trainer.model, initial, after, shares=WISE_SHARES, refresh=shop.anchors.refresh,
+        trainer.model, initial, after, refresh=shop.anchors.refresh,
         evaluate=lambda: score_of(validation.evaluate(name="mixed")),
     )  # fmt: skip
     told = ", ".join(f"{one:g}: {100 * score:.1f}" for one, score in scores)
@@ -196,10 +204,10 @@ def _finished(
     if bench.ranks.is_main:
         shop.anchors.refresh()
         bench.watcher.note("writing the checkpoint")
-        keep(bench, f"epoch-{progress.best_epoch + 1:04d}-final", graphs=True, card="")
+        keep_final(bench, f"epoch-{progress.best_epoch + 1:04d}-final")
         if shop.validation is not None and before is not None:
-            after = _stored(bench, shop.validation)
-            comparison = compare(before, after)
+            after = _stored(bench, shop.passes, shop.validation)
+            comparison = _compared(bench, before, after)
             if share == 0.0:
                 bench.warn("no share of the new weights was better than the model before: it was kept as it was")
         card = card_of(bench.settings, bench.examples, comparison, start=bench.start.name, share=share)
@@ -212,39 +220,95 @@ def _finished(
     )  # fmt: skip
     if bench.ranks.is_main:
         _write_json(bench.out / REPORT, report.to_json())
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        _forget(bench.out)
     return report
 
 
-def _stored(bench: Bench, validation: Validation) -> Evaluation:
+def _compared(bench: Bench, before: Evaluation, after: Evaluation) -> Comparison[Evaluation] | None:
+    try:
+        return compare(before, after)
+    except UsageError as error:  # a held-out picture went away during the run
+        bench.warn(f"before and after cannot be compared: {error}")
+        return None
+
+
+def _stored(bench: Bench, passes: TowerPass, validation: Validation) -> Evaluation:
     """The checkpoint as it lies on disk, measured: its weights are put into the model that was trained."""
     stored = load_dual_encoder(bench.out / BEST)
     bench.start.model.load_state_dict(stored.state_dict())
-    return validation.evaluate(name="after")
+    if not bench.start.known:  # what did not learn was not stored before, and is now rounded, too
+        passes.compiled = None
+        validation.forget()
+    return validation.evaluate(name=bench.out.resolve().name)
 
 
-def _claimed(folder: Path, *, force: bool) -> Any:  # noqa: ANN401 - a lock that is a context manager
+@contextmanager
+def _claimed(folder: Path, *, force: bool) -> Iterator[None]:
     """The folder, made and held by this run alone; `UsageError` when a run has ended in it already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(folder), expected="a folder to write to", got=error.strerror or str(error)) from error
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout as error:
         raise InputError(str(folder), expected="a folder of its own", got="one that another run writes to") from error
-    ended = (folder / REPORT).exists() and not (folder / RUN / STATE).exists()
-    if ended and not force:
-        lock.release()
+    except OSError as error:
+        raise InputError(str(folder), expected="a folder to write to", got=error.strerror or str(error)) from error
+    with lock:
+        _check_ours(folder)
+        ended = (folder / REPORT).exists() and not (folder / RUN / STATE).exists()
+        if ended and not force:
+            raise UsageError(
+                str(folder), expected="an empty folder, or a run to go on with", got="a run that has ended",
+                do="Choose another --out, or add --force.",
+            )  # fmt: skip
+        if force:
+            _forget(folder)
+            (folder / REPORT).unlink(missing_ok=True)
+        yield
+
+
+def _check_ours(folder: Path) -> None:
+    """`UsageError` for a folder with anything in it that no run left there: a run replaces and removes files."""
+    found = {entry.name for entry in folder.iterdir()} - {".lock"}
+    if found and not (SETTINGS in found and found & {RUN, REPORT, METRICS}):
         raise UsageError(
-            str(folder), expected="an empty folder, or a run to go on with", got="a run that has ended",
-            do="Choose another --out, or add --force.",
+            str(folder), expected="a new or empty folder, or one of an earlier run", got=f"{sorted(found)[0]} in it",
+            do="Choose another --out.",
         )  # fmt: skip
-    if force:
-        shutil.rmtree(folder / RUN, ignore_errors=True)
-        (folder / REPORT).unlink(missing_ok=True)
-    return lock
+
+
+def _forget(folder: Path) -> None:
+    """Remove the state of a run, what says that there is one first: half of it must not be gone on with."""
+    (folder / RUN / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / RUN, ignore_errors=True)
+
+
+@contextmanager
+def _resources(folder: Path) -> Iterator[None]:
+    """A full disk and a full memory as `ResourceError`, wherever in a run they are met."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            str(error.filename or folder), got=os.strerror(error.errno), do="Free space, then run the same command."
+        ) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            "training", expected="memory for a step", got=str(error).splitlines()[0][:160] if str(error) else "none",
+            do="Set run.chunk (gradient caching), or a smaller run.batch_size.",
+        ) from error  # fmt: skip
+
+
+def _write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """The held-out pairs as a table that `mmsearch eval` reads."""
+    lines = [
+        json.dumps({"image": pair.image, "captions": list(pair.captions), "group": pair.group, "split": "val"})
+        for pair in pairs
+    ]
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    draft.replace(path)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

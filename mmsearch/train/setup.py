@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from mmsearch.errors import ModelError, UsageError
 from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
@@ -22,6 +24,8 @@ from mmsearch.towers.locate import locate
 from mmsearch.towers.sources import resolve_place
 from mmsearch.towers.tokenise import Tokeniser
 from mmsearch.train.settings import Start
+
+_BERT_WORDS = 30_522  # where a config does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,18 @@ def _anew(start: Start) -> Beginning:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(str(path), expected="a tokenizer.json", got=str(error)[:120]) from error
-    return Beginning(model.eval(), text, "untrained heads" if start.text_weights else "random weights", known=False)
+    name = "untrained heads" if start.text_weights or start.image_weights else "random weights"
+    made = Beginning(model.eval(), text, name, known=False)
+    made.tokeniser()  # refuses what is no tokenizer
+    _check_words(config, Tokenizer.from_str(text).get_vocab_size(), path=path)
+    return made
+
+
+def _check_words(config: DualEncoderConfig, words: int, *, path: Path) -> None:
+    """A token beyond the tower's table would be an index error in the middle of an epoch."""
+    table = int(config.text.backbone.get("vocab_size", _BERT_WORDS))
+    if words > table:
+        raise ModelError(str(path), expected=f"at most {table} tokens, as the text tower has", got=str(words))
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:

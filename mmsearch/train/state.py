@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -58,15 +59,21 @@ def save_state(
     if average is not None:
         facts["average_updates"] = average["updates"]
         tensors |= {f"average.{name}": value for name, value in average["rows"].items()}
+    save_tensors(path, tensors, metadata={"state": json.dumps(facts)})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file in one rename; `ResourceError` when the disk does not take it (the last one stays)."""
     draft = path.with_suffix(".draft")
     try:
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(plain, str(draft), metadata={"state": json.dumps(facts)})
+        save_file(plain, str(draft), metadata=dict(metadata) if metadata else None)
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise ResourceError(str(path), got=str(error)[:160], do="Free space, then run the same command.") from error
 
 

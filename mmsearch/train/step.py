@@ -96,7 +96,10 @@ class BatchGradient:
             return value
 
         value = float(backward_in_chunks(sides, loss, scale=scale))
-        return value + (parts.kept.backward(batch.images, scale=scale) if parts.kept is not None else 0.0)
+        if parts.kept is None:
+            return value
+        held = torch.tensor([parts.kept.backward(batch.images, scale=scale)], dtype=torch.float64)
+        return value + float(parts.ranks.gather_rows(held.to(parts.passes.device)).mean())  # each rank has its own part
 
     def _side(self, encode: Callable[[tuple[Tensor, ...]], Tensor], module: nn.Module, *tensors: Tensor) -> Side:
         size = self._parts.chunk or max(1, len(tensors[0]))

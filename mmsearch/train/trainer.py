@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmsearch.errors import InputError, ModelError
 from mmsearch.evaluate.report import Evaluation
+from mmsearch.towers.dual_encoder import MAX_LOGIT_SCALE
 from mmsearch.train.anchor_rows import AnchorRows
 from mmsearch.train.averaging import Average
 from mmsearch.train.batches import Draw, Ints, batches_in_epoch, plan_epoch
@@ -35,10 +36,10 @@ from mmsearch.train.journal import Journal
 from mmsearch.train.losses import soften
 from mmsearch.train.negatives import mine
 from mmsearch.train.parameters import parameter_groups, set_mode
-from mmsearch.train.pictures import Feed
+from mmsearch.train.pictures import Feed, closing_feed
 from mmsearch.train.schedule import Schedule
 from mmsearch.train.settings import TrainSettings
-from mmsearch.train.state import STATE, Progress, load_state, moving, read_progress, save_state
+from mmsearch.train.state import STATE, Progress, load_state, moving, read_progress, save_state, save_tensors
 from mmsearch.train.step import BatchGradient
 from mmsearch.train.validation import Validation, score_of
 
@@ -105,31 +106,21 @@ class Trainer:
             self.steps, warmup=round(run.warmup * self.steps), kind=run.schedule, floor=run.floor,
             backbone_start=round(run.backbone_start * self.steps),
         )  # fmt: skip
-        self.progress = Progress(digest=self._digest())
+        self.progress = Progress(digest=digest_of(settings, examples, world=workshop.ranks.world))
         self.best: Evaluation | None = None
 
     # Going on
 
     def resume(self) -> bool:
         """Take up the state in the folder, if there is one; `InputError` when it is of another run."""
-        path = self.shop.folder / STATE
-        found = read_progress(path)
-        if found is None:
+        if standing(self.shop.folder, self.progress.digest) is None:
             return False
-        if found.digest != self.progress.digest:
-            raise InputError(
-                str(self.shop.folder), expected="a run with these settings and this data", got="another run",
-                do="Choose another --out, or add --force to start anew.",
-            )  # fmt: skip
+        path = self.shop.folder / STATE
         self.progress, average = load_state(path, model=self._moving, named=self._named, optimiser=self._optimiser)
         if average is not None and self._average is not None:
             self._average.load(average)
         self._scaler.load_state_dict(self.progress.scaler)
         return True
-
-    def _digest(self) -> str:
-        data = [(pair.image, pair.captions) for pair in (*self.examples.train, *self.examples.val)]
-        return f"{self.settings.digest()}-{np.uint64(hash_of(data)):016x}-{self.shop.ranks.world}"
 
     def _save(self) -> None:
         if self.shop.ranks.is_main:
@@ -170,22 +161,29 @@ class Trainer:
         own = [self.shop.ranks.share(draws) for draws in plan]
         saved = clock = time.monotonic()
         waiting: list[Batch] = []
-        pairs = 0
-        for number, batch in enumerate(self.shop.feed.batches(own), start=1):
-            waiting.append(batch)
-            if len(waiting) < run.accumulate and number < len(own):
-                continue
-            pairs += sum(len(planned) for planned in plan[number - len(waiting) : number])
-            loss = self._step(waiting)
-            progress.batch += len(waiting)
-            waiting = []
-            now = time.monotonic()
-            self._tell(journal, loss=loss, speed=pairs / max(now - clock, 1e-9))
-            if now - saved >= run.save_seconds:
-                self._save()
-                saved = time.monotonic()
-            if progress.step >= self.steps:
-                break
+        pairs = seen = 0
+        with closing_feed(self.shop.feed.batches(own)) as batches:
+            for number, batch in enumerate(batches, start=1):
+                waiting.append(batch)
+                seen += len(batch.draws)
+                if len(waiting) < run.accumulate and number < len(own):
+                    continue
+                pairs += sum(len(planned) for planned in plan[number - len(waiting) : number])
+                loss = self._step(waiting)
+                progress.batch += len(waiting)
+                waiting = []
+                now = time.monotonic()
+                self._tell(journal, loss=loss, speed=pairs / max(now - clock, 1e-9))
+                if number == len(own) or progress.step >= self.steps:
+                    break  # the end of the epoch is saved when it has been measured
+                if now - saved >= run.save_seconds:
+                    self._save()
+                    saved = time.monotonic()
+        if plan and not int(self.shop.ranks.gather_rows(torch.tensor([seen], device=self.shop.ranks.device)).sum()):
+            raise InputError(
+                "training pictures", expected="some that can be read", got=f"none of {sum(map(len, plan))} in an epoch",
+                do="See what was said of the skipped ones.",
+            )  # fmt: skip
 
     def _step(self, batches: Sequence[Batch]) -> float:
         """One optimiser step over these batches; their mean loss."""
@@ -201,23 +199,32 @@ class Trainer:
             self.shop.gradient.backward(batch, scale=lambda value: self._scaler.scale(value / len(usable)))
             for batch in usable
         ]
-        loss = float(np.mean(losses)) if losses else 0.0
+        if not losses:  # none of the step's pictures can be read
+            self.progress.step += 1
+            return 0.0
+        loss = float(np.mean(losses))
         if not math.isfinite(loss):
-            raise ModelError(
-                f"training, step {step + 1}", expected="a finite loss", got=str(loss),
-                do="Lower run.lr, or try --precision fp32; the best checkpoint so far is kept.",
-            )  # fmt: skip
+            raise self._not_finite("loss", loss)
         self._update()
         self.progress.step += 1
         return loss
 
+    def _not_finite(self, what: str, value: float) -> ModelError:
+        return ModelError(
+            f"training, step {self.progress.step + 1}", expected=f"a finite {what}", got=str(value),
+            do="Lower run.lr, or try --precision fp32; the best checkpoint so far is kept.",
+        )  # fmt: skip
+
     def _update(self) -> None:
         self.shop.ranks.average_gradients(self._learning)
         self._scaler.unscale_(self._optimiser) if self._scaler.is_enabled() else None
-        if self.settings.run.clip:
-            nn.utils.clip_grad_norm_(self._learning, self.settings.run.clip)
+        norm = nn.utils.clip_grad_norm_(self._learning, self.settings.run.clip or math.inf)
+        if not self._scaler.is_enabled() and not bool(norm.isfinite()):  # a scaler leaves such a step out by itself
+            raise self._not_finite("gradient", float(norm))
         self._scaler.step(self._optimiser)
         self._scaler.update()
+        with torch.no_grad():  # past its bound it would have no gradient to come back with
+            self.model.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         if self._average is not None:
             self._average.update(self.model)
 
@@ -232,6 +239,8 @@ class Trainer:
     # Between epochs
 
     def _close_epoch(self, journal: Journal | None) -> None:
+        if self.shop.ranks.world > 1 and self._average is None:
+            self.shop.anchors.refresh()  # as measuring does, on the main rank alone
         found = self.measure()
         score = self.shop.ranks.from_main(score_of(found) if found is not None else float(self.progress.epoch))
         progress = self.progress
@@ -263,9 +272,7 @@ class Trainer:
             self.shop.anchors.refresh()
             kept = {name: value.detach().cpu().contiguous().clone() for name, value in self._moving.items()}
             self.shop.keep_best(self.progress.epoch)
-        path = self.shop.folder / BEST_STATE
-        save_file(kept, str(path.with_suffix(".draft")))
-        path.with_suffix(".draft").replace(path)
+        save_tensors(self.shop.folder / BEST_STATE, kept)
 
     def _take_best(self) -> None:
         path = self.shop.folder / BEST_STATE
@@ -282,15 +289,22 @@ class Trainer:
         if self.progress.batch and path.exists():
             return np.load(path)  # type: ignore[no-any-return]
         self.shop.watcher.note(f"epoch {self.progress.epoch + 1}: mining hard negatives")
+        found = torch.zeros(len(self.examples.train), objective.hard_negatives, dtype=torch.int64)
+        if self.shop.ranks.is_main:
+            found = torch.from_numpy(self._mined(objective.hard_negatives))
+            np.save(path, found.numpy())
+        mined = nn.Module()
+        mined.register_buffer("rows", found)
+        self.shop.ranks.broadcast_state(mined)  # every rank must plan the same batches
+        return found.numpy()
+
+    def _mined(self, count: int) -> Ints:
         pairs = self.examples.train
         with torch.no_grad(), self._averaged():
             self.model.eval()
             images = self._image_rows()
             texts = Texts([pair.captions[0] for pair in pairs], self.shop.passes, self.shop.tokens).rows()
-        found = mine(texts, images, groups=[pair.group for pair in pairs], count=objective.hard_negatives)
-        if self.shop.ranks.is_main:
-            np.save(path, found)
-        return found
+        return mine(texts, images, groups=[pair.group for pair in pairs], count=count)
 
     def _image_rows(self) -> np.ndarray:
         """(n, d) rows of all training pictures; one that cannot be read is random, and near to nothing."""
@@ -302,6 +316,23 @@ class Trainer:
             if batch.draws:
                 rows[[draw.row for draw in batch.draws]] = self.shop.passes.images(batch.images).cpu().numpy()
         return rows
+
+
+def digest_of(settings: TrainSettings, examples: Examples, *, world: int) -> str:
+    """Equal for runs that take the same steps: the same settings, the same data and as many processes."""
+    data = [(pair.image, pair.captions, pair.group) for pair in (*examples.train, *examples.val)]
+    return f"{settings.digest()}-{np.uint64(hash_of([*data, examples.repeats])):016x}-{world}"
+
+
+def standing(folder: Path, digest: str) -> Progress | None:
+    """Where the run in `folder` stands, None without one; `InputError` when it is not the run of this digest."""
+    found = read_progress(folder / STATE)
+    if found is not None and found.digest != digest:
+        raise InputError(
+            str(folder), expected="a run with these settings and this data", got="another run",
+            do="Choose another --out, or add --force to start anew.",
+        )  # fmt: skip
+    return found
 
 
 def hash_of(data: Sequence[Any]) -> int:

@@ -8,7 +8,7 @@ Decisions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,28 +24,33 @@ from mmsearch.types import Pair, Preprocessing, Skipped
 
 _BATCH = 64
 _BUDGET = 2 << 30
-"""Bytes of pictures that are kept between validations."""
 
 
 class Validation:
     """Held-out pairs, ready to be encoded again and again. `passes`: how to encode; its prefix must not change.
 
-    `keep_texts`: the text backbone does not learn (`encoding.Texts`).
+    `keep_texts`: the text backbone does not learn (`encoding.Texts`). `budget`: bytes of pictures that are kept.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], *, passes: TowerPass, tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
         preprocessing: Preprocessing, workers: int | None, on_skip: Callable[[Skipped], None], keep_texts: bool = False,
+        budget: int = _BUDGET,
     ) -> None:  # fmt: skip
         captions = [caption for pair in pairs for caption in pair.captions]
         self._captions = Texts(captions, passes, tokens, keep=keep_texts)
         self._pairs, self._passes = pairs, passes
         self._preprocessing, self._workers, self._on_skip = preprocessing, workers, on_skip
         self._kept: list[tuple[np.ndarray, Tensor]] | None = None
-        self._told = False
+        self._told, self._budget = False, budget
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def forget(self) -> None:
+        """Encode with nothing kept the next time: also what does not learn has changed."""
+        self._kept = None
+        self._captions.forget()
 
     @torch.no_grad()
     def evaluate(self, *, name: str) -> Evaluation:
@@ -76,14 +81,20 @@ class Validation:
             raise InputError("validation pictures", expected="at least one that can be read", got="none")
         return positions, np.concatenate(rows)
 
-    def _inputs(self) -> Iterable[tuple[np.ndarray, Tensor]]:
+    def _inputs(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """What was kept, or decoded anew; kept from the first time on if all of it fits the budget."""
         if self._kept is not None:
-            return self._kept
-        size = self._preprocessing.size
-        if self._passes.prefix is None and len(self._pairs) * size * size * 3 > _BUDGET:
-            return self._decoded()
-        self._kept = list(self._decoded())
-        return self._kept
+            yield from self._kept
+            return
+        kept, used = [], 0
+        for where, inputs in self._decoded():
+            used += inputs.nbytes
+            if used <= self._budget:
+                kept.append((where, inputs))
+            else:
+                kept.clear()
+            yield where, inputs
+        self._kept = kept if used <= self._budget else None
 
     def _decoded(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         for where, pixels in plain_pixels(

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmsearch.encoder import Encoder
+from mmsearch.errors import ResourceError, UsageError
 from mmsearch.towers.image import ImageTower
 from mmsearch.towers.stages import stages
 from mmsearch.train.anchor_rows import AnchorRows
+from mmsearch.train.batches import Draw
 from mmsearch.train.bench import Bench, keep
 from mmsearch.train.encoding import Texts, TowerPass, checkpoint_activations, pick_precision
 from mmsearch.train.feed import PixelFeed, plain_pixels
 from mmsearch.train.keeping import KeptClasses
 from mmsearch.train.losses import Distillation, build_objective
+from mmsearch.train.objective import Objective
 from mmsearch.train.parameters import first_trained_stage
 from mmsearch.train.pictures import Feed, KeptFeed, joined_captions
 from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix, KeptViews
@@ -51,11 +54,13 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
     )  # fmt: skip
     stack.callback(pixels.close)
-    feed: Feed = _kept_feed(bench, passes, pixels) or pixels
-    objective = build_objective(
-        settings.objective.name, smoothing=settings.objective.smoothing, margin=settings.objective.margin,
-        matryoshka_dims=(*settings.objective.matryoshka, model.config.dim) if settings.objective.matryoshka else (),
-    ).to(device)  # fmt: skip
+    objective = _objective(settings, dim=model.config.dim).to(device)
+    anchors = AnchorRows(
+        passes, prompts=settings.start.anchor_prompts, tokens=pixels.tokens,
+        keep_texts=settings.text.train in ("head", "none"),
+    )  # fmt: skip
+    taught = _taught(bench)
+    feed: Feed = _kept_feed(bench, passes, pixels) or pixels  # last: what is refused is refused before hours of it
     if not start.known and objective.start_logit_scale is not None:
         nn.init.constant_(model.log_logit_scale, float(np.log(objective.start_logit_scale)))
     validation = None
@@ -68,13 +73,9 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
     gradient = BatchGradient(
         StepParts(
             passes, objective, bench.ranks, bench.examples.train, pixels.tokens, chunk=settings.run.chunk,
-            taught=_taught(bench), modality_dropout=settings.objective.modality_dropout,
+            taught=taught, modality_dropout=settings.objective.modality_dropout,
             kept=_kept_classes(settings, passes),
         )
-    )  # fmt: skip
-    anchors = AnchorRows(
-        passes, prompts=settings.start.anchor_prompts, tokens=pixels.tokens,
-        keep_texts=settings.text.train in ("head", "none"),
     )  # fmt: skip
     bench.folder.mkdir(parents=True, exist_ok=True)
     return Workshop(
@@ -83,55 +84,97 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
     )  # fmt: skip
 
 
+def _objective(settings: TrainSettings, *, dim: int) -> Objective:
+    """The loss over rows of `dim` numbers; `UsageError` for a shorter dimension that is none."""
+    wanted, dims = settings.objective, tuple(settings.objective.matryoshka)
+    if dims and max(dims) > dim:
+        raise UsageError("objective.matryoshka", expected=f"dimensions below {dim}", got=str(max(dims)))
+    dims = (*(one for one in dims if one != dim), dim) if dims else ()
+    return build_objective(wanted.name, smoothing=wanted.smoothing, margin=wanted.margin, matryoshka_dims=dims)
+
+
 def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed | None:
     """Views kept as outputs of frozen stages, where that is wanted, possible and worth it."""
-    settings, model, run = bench.settings, bench.start.model, bench.settings.run
-    wanted = run.views if run.views >= 0 else (_AUTO_VIEWS if bench.ranks.device.type == "cpu" else 0)
+    settings, model, pairs = bench.settings, bench.start.model, bench.examples.train
+    wanted = settings.run.views if settings.run.views >= 0 else (_AUTO_VIEWS if passes.device.type == "cpu" else 0)
     count = first_trained_stage(model.image, settings.image)
-    if not wanted or not count or settings.image.batch_norm or bench.ranks.world > 1:
+    hindrance = (
+        "no first stage of the image backbone is frozen" if not count
+        else "batch-norm statistics are updated" if settings.image.batch_norm
+        else "several processes train" if bench.ranks.world > 1
+        else ""
+    )  # fmt: skip
+    if not wanted or hindrance:
+        if settings.run.views > 0:
+            bench.warn(f"run.views is not used, pictures are decoded anew at each step: {hindrance}")
         return None
-    prefix = _prefix_of(model.image, count)
-    size = model.config.preprocessing.size
     model.eval()
-    example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    if not prefix.fits(passes.normalised(example).float()):
-        bench.warn("views are decoded anew at each step: the image backbone cannot be cut behind its frozen stages")
+    if not _cut(bench, passes, count=count):
         return None
-    passes.prefix = prefix
-    if bench.ranks.device.type == "cpu":
-        passes.compiled = compiled_prefix(
-            prefix, normalise=model.normalise_pixels, size=size, threads=torch.get_num_threads()
-        )
-    wanted = 1 if settings.augment is None else wanted
-    folder = Path(run.views_folder) if run.views_folder else bench.folder / "views"
-    views = KeptViews(
-        folder, bench.examples.train, views=wanted,
-        made_by=(
-            f"{prefix.digest()} {count} {'onnx' if passes.compiled else passes.dtype}",
-            model.config.preprocessing,
-            settings.augment,
-        ),
-    )  # fmt: skip
-    bench.watcher.note(f"keeping {wanted} views of {len(bench.examples.train)} pictures behind {count} frozen stages")
-    bench.watcher.start(wanted * len(bench.examples.train), what="frozen stages", unit="images")
-    filler = PixelFeed(
-        joined_captions(bench.examples.train), preprocessing=model.config.preprocessing,
-        tokeniser=bench.start.tokeniser(), augmentation=settings.augment, workers=settings.data.workers,
-        on_skip=bench.skip,
-    )  # fmt: skip
-    shape = tuple(passes.prefix_outputs(example).shape[1:])
-    with filler:
-        views.fill(
-            filler.batches, shape=shape, batch_size=_FILL_BATCH, encode=passes.prefix_outputs,
-            advance=bench.watcher.advance,
-        )  # fmt: skip
+    views = _filled(bench, passes, views=1 if settings.augment is None else wanted, count=count)
+    if views is None:
+        passes.prefix = passes.compiled = None
+        return None
     texts = None
     if _keeps_texts(settings):
-        captions = [caption for pair in bench.examples.train for caption in pair.captions]
+        captions = [caption for pair in pairs for caption in pair.captions]
         bench.watcher.note(f"keeping {len(captions)} captions behind the frozen text backbone")
         texts = Texts(captions, passes, pixels.tokens, keep=True)
         texts.pooled()
-    return KeptFeed(bench.examples.train, views, pixels=pixels, augmentation=settings.augment, texts=texts)
+    return KeptFeed(pairs, views, pixels=pixels, augmentation=settings.augment, texts=texts)
+
+
+def _example(size: int) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=draw)
+
+
+def _cut(bench: Bench, passes: TowerPass, *, count: int) -> bool:
+    """Let `passes` take up behind the first `count` stages, if the backbone allows it; else a warning says why not."""
+    model = passes.model
+    prefix, size = _prefix_of(model.image, count), model.config.preprocessing.size
+    # What is computed again in the backward pass would be computed in one piece, from outputs taken for pictures.
+    again = bench.settings.run.checkpointing and not prefix.pools
+    if again or not prefix.fits(passes.normalised(_example(size)).float()):
+        why = "activation checkpointing is on" if again else "the image backbone cannot be cut behind its frozen stages"
+        bench.warn(f"views are decoded anew at each step: {why}")
+        return False
+    passes.prefix = prefix
+    if passes.device.type == "cpu":
+        threads = torch.get_num_threads()
+        passes.compiled = compiled_prefix(prefix, normalise=model.normalise_pixels, size=size, threads=threads)
+    return True
+
+
+def _filled(bench: Bench, passes: TowerPass, *, views: int, count: int) -> KeptViews | None:
+    """The views, all made; None, with a warning, where nobody asked for them and the disk is too small."""
+    settings, pairs, preprocessing = bench.settings, bench.examples.train, passes.model.config.preprocessing
+    assert passes.prefix is not None  # for the type checker
+    made_by = f"{passes.prefix.digest()} {count} {'onnx' if passes.compiled else passes.dtype}"
+    folder = Path(settings.run.views_folder) if settings.run.views_folder else bench.folder / "views"
+    kept = KeptViews(folder, pairs, views=views, made_by=(made_by, preprocessing, settings.augment))
+    bench.watcher.note(f"keeping {views} views of {len(pairs)} pictures behind {count} frozen stages")
+    bench.watcher.start(views * len(pairs), what="frozen stages", unit="images")
+    filler = PixelFeed(
+        joined_captions(pairs), preprocessing=preprocessing, tokeniser=bench.start.tokeniser(),
+        augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
+    )  # fmt: skip
+    shape = tuple(passes.prefix_outputs(_example(preprocessing.size)).shape[1:])
+    with filler:
+        try:
+            kept.fill(
+                filler.batches, shape=shape, batch_size=_FILL_BATCH, encode=passes.prefix_outputs,
+                advance=bench.watcher.advance,
+            )  # fmt: skip
+        except ResourceError as error:
+            if settings.run.views > 0:
+                raise
+            bench.warn(f"views are decoded anew at each step: {error}")
+            return None
+        # Pictures that an interrupted run, or one before, found unfit are told of again.
+        for _ in filler.batches([[Draw(row, 0, 0) for row in sorted(kept.unfit)]]):
+            pass
+    return kept
 
 
 def _prefix_of(tower: ImageTower, count: int) -> FrozenPrefix:
@@ -149,7 +192,8 @@ def _kept_classes(settings: TrainSettings, passes: TowerPass) -> KeptClasses | N
     """Only where there are verdicts to keep and something under them learns."""
     tower, weight = passes.model.image, settings.objective.keep_classes
     learns = first_trained_stage(tower, settings.image) < len(stages(tower.backbone))
-    return KeptClasses(passes, weight=weight) if weight and learns and tower.anchors is not None else None
+    wanted = weight and learns and tower.anchors is not None
+    return KeptClasses(passes, weight=weight, chunk=settings.run.chunk) if wanted else None
 
 
 def _taught(bench: Bench) -> Taught | None:
@@ -157,13 +201,13 @@ def _taught(bench: Bench) -> Taught | None:
     objective, pairs = bench.settings.objective, bench.examples.train
     if not objective.teacher:
         return None
-    teacher = Encoder.load(objective.teacher)
+    teacher = Encoder.load(objective.teacher, device=str(bench.ranks.device))
     bench.watcher.note(f"encoding {len(pairs)} pictures with the teacher {teacher.identity.name}")
     bench.watcher.start(len(pairs), what="teacher", unit="images")
     images = np.zeros((len(pairs), teacher.dim), np.float32)
     images[:, 0] = 1.0  # of a picture that cannot be read: it is never drawn
     for where, pixels in plain_pixels(
-        [pair.image for pair in pairs], preprocessing=teacher.source.preprocessing, batch_size=_FILL_BATCH,
+        [pair.image for pair in pairs], preprocessing=teacher.preprocessing, batch_size=_FILL_BATCH,
         workers=bench.settings.data.workers, on_skip=lambda skipped: None,
     ):  # fmt: skip
         rows, ok = teacher.encode_pixels(pixels)

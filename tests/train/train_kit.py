@@ -6,13 +6,49 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
-from mmsearch.testing import COLORS, TINY_CONFIG, tiny_tokenizer_json
-from mmsearch.train.run import train
+from mmsearch.testing import COLORS, TINY_CONFIG, tiny_dual_encoder, tiny_tokenizer_json
+from mmsearch.towers.tokenise import Tokeniser
+from mmsearch.train.encoding import TowerPass
 from mmsearch.train.settings import TrainSettings, settings_from
 
+CPU = torch.device("cpu")
 PAIRS = [(inner, outer) for inner, outer in itertools.product(COLORS, COLORS) if inner != outer]
+_WORDS = ["red", "green", "blue", "a", "photo", "of", "dog", "cat"]
+
+
+# Towers
+
+
+def tokeniser() -> Tokeniser:
+    return Tokeniser(Tokenizer.from_str(tiny_tokenizer_json()), max_tokens=12)
+
+
+def tokens(texts) -> tuple[torch.Tensor, torch.Tensor]:
+    made = tokeniser()(texts)
+    return torch.from_numpy(made.ids), torch.from_numpy(made.mask)
+
+
+def passes(model=None, *, dtype=torch.float32, **options) -> TowerPass:
+    return TowerPass(model or tiny_dual_encoder(), dtype=dtype, device=CPU, **options)
+
+
+def some_captions(count: int) -> list[str]:
+    """Of one to eight words."""
+    draw = np.random.default_rng(0)
+    return [" ".join(draw.choice(_WORDS, draw.integers(1, 9))) for _ in range(count)]
+
+
+def pixels(count: int, *, seed: int = 0) -> torch.Tensor:
+    """(count, 32, 32, 3) noise."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=draw)
+
+
+# Runs
 
 
 def picture(path: Path, inner: str, outer: str, *, seed: int) -> str:
@@ -52,7 +88,8 @@ def anew(folder: Path, **config) -> dict:
 
 def settings(pairs: str, **sections) -> TrainSettings:
     """Three epochs in batches of four, decoded in this process; sections as in a recipe replace single values."""
-    run = {"epochs": 3, "batch_size": 4, "lr": 1e-3, "views": 0, "device": "cpu", "precision": "fp32"}
+    run = {"epochs": 3, "batch_size": 4, "lr": 1e-3, "views": 0, "graphs": False, "wise": False,
+           "device": "cpu", "precision": "fp32"}  # fmt: skip
     values = {"source": [{"path": pairs}], "data": {"workers": 0}, "run": run, "image": {"train": "all"}}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
@@ -80,7 +117,7 @@ class Watch:
     def __init__(self, stop: int | None = None) -> None:
         self.stop, self.notes, self.steps = stop, [], 0
 
-    def start(self, total):
+    def start(self, total, *, what="", unit=""):
         self.steps = 0
 
     def advance(self, n, *, note=""):
@@ -92,6 +129,3 @@ class Watch:
     def note(self, text):
         self.notes.append(text)
 
-
-def run(out: Path, chosen: TrainSettings, **options):
-    return train(chosen, out, **options)
