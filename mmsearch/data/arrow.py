@@ -54,12 +54,13 @@ def _batches(whole: pyarrow.Buffer) -> Iterator[pyarrow.RecordBatch]:
 def _places(path: str, batch: pyarrow.RecordBatch, whole: pyarrow.Buffer) -> Callable[[int, str], str]:
     """Where in the file the pictures of a batch lie."""
     pictures = picture_column(batch.schema)
-    starts, sizes = (np.empty(0, np.int64),) * 2 if pictures is None else _spans(path, batch, pictures, whole)
+    nothing = np.empty(0, np.int64)
+    starts, sizes = (nothing, nothing) if pictures is None else _spans(batch, pictures, path=path, whole=whole)
     return lambda i, name: Packed(path, name, offset=int(starts[i]), size=int(sizes[i])).address
 
 
 def _spans(
-    path: str, batch: pyarrow.RecordBatch, pictures: PictureColumn, whole: pyarrow.Buffer
+    batch: pyarrow.RecordBatch, pictures: PictureColumn, *, path: str, whole: pyarrow.Buffer
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(rows) first byte in the file and number of bytes of each picture."""
     content = pictures.bytes_of(batch)
@@ -68,15 +69,17 @@ def _spans(
     count = len(content)
     if data is None or offsets is None:
         return np.zeros(count, np.int64), np.zeros(count, np.int64)
-    bounds = np.frombuffer(offsets, wide)[content.offset : content.offset + count + 1].astype(np.int64)
-    if bounds[0] == bounds[-1]:  # an empty buffer lies anywhere
-        return np.zeros(count, np.int64), np.zeros(count, np.int64)
+    if offsets.size < (content.offset + count + 1) * wide.itemsize:
+        raise InputError(path, expected="sound Arrow data", got=f"too few offsets for {count} pictures")
+    bounds = np.frombuffer(offsets, wide, count + 1, content.offset * wide.itemsize).astype(np.int64)
+    sizes = np.diff(bounds)
+    if not sizes.any():  # an empty buffer lies anywhere
+        return np.zeros(count, np.int64), sizes
     base = data.address - whole.address
     if base < 0 or base + data.size > whole.size:
         raise InputError(
             path, expected="an uncompressed Arrow file", got="a compressed one", do="Save it again, uncompressed."
         )
-    sizes = np.diff(bounds)
     if (sizes < 0).any() or bounds[0] < 0 or bounds[-1] > data.size:
         raise InputError(path, expected="sound Arrow data", got="pictures outside the file")
     return base + bounds[:-1], sizes

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from typing import Protocol, cast
 
+from mmsearch.data.reading import listed
 from mmsearch.data.records import Finder, Record, table_places, wide_places
 from mmsearch.data.sniffing import PICTURE_EXTENSIONS
 from mmsearch.data.splits import split_in
@@ -72,21 +73,31 @@ def sniff(path: str) -> str | None:
 
 
 def sniff_folder(path: str) -> str | None:
-    """The format of a folder that is a data set of several files; None when it is one of pictures with side-cars."""
+    """The format of a folder that is a data set of several files; None when it is one of pictures with side-cars.
+
+    Raises `InputError` when it cannot be listed; a folder in it that cannot is no split.
+    """
     from mmsearch.data.hf_dataset import is_dataset
 
     if is_dataset(path):
         return "huggingface"
-    with os.scandir(path) as entries:
-        folders = [entry.path for entry in entries if split_in(entry.name) and entry.is_dir()]
+    folders = [entry.path for entry in listed(path) if split_in(entry.name) and os.path.isdir(entry.path)]
     found = [_endings_in(folder) for folder in (path, *folders)]
     tars = any(".tar" in endings for endings in found)
     return "webdataset" if tars and all(endings.isdisjoint(PICTURE_EXTENSIONS) for endings in found) else None
 
 
 def _endings_in(folder: str) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.name.startswith(".")}
+    """Endings in a folder, that of no folder called x.tar; none where it cannot be listed: whoever reads it says so."""
+    found = set()
+    try:
+        for entry in listed(folder):
+            ending = os.path.splitext(entry.name)[1].lower()
+            if not entry.name.startswith(".") and not (ending == ".tar" and os.path.isdir(entry.path)):
+                found.add(ending)
+    except InputError:
+        return set()
+    return found
 
 
 def is_pattern(path: str) -> bool:

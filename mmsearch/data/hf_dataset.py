@@ -8,7 +8,9 @@
 Decisions:
 - The name of a split is that of the saved split, else that of the file or its folder; a row's own comes before it.
 - Files are listed by what is in the folder; a name in state.json is used only if it is a plain name in it.
-- Parquet files beside pictures are not taken for the data set: the pictures may have side-cars.
+- Parquet files beside pictures are not taken for the data set: the pictures may have side-cars. For the same reason a
+  table in a sub-folder counts only where it or its folder is named as a split is, and a state.json without Arrow files
+  beside it only where it lists some.
 - A file that cannot be read is an error, not a skipped part: what is missing would be noticed by nobody.
 """
 
@@ -22,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from mmsearch.data.folder import is_picture_name
-from mmsearch.data.reading import read_file
+from mmsearch.data.reading import listed, read_file
 from mmsearch.data.records import Record
 from mmsearch.data.splits import split_in
 from mmsearch.data.table import read_csv, read_jsonl
@@ -44,12 +46,15 @@ class _Part:
 
 
 def is_dataset(folder: str) -> bool:
-    """Whether a folder is laid out in one of these ways; looks at names only."""
+    """Whether a folder is laid out in one of these ways; `InputError` when it cannot be listed."""
     return bool(_parts(folder, strict=False))
 
 
 def read_hf_dataset(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
-    """The rows of all files of the data set, split after split; `InputError` when the folder is laid out otherwise."""
+    """The rows of all files of the data set, split after split.
+
+    Raises `InputError` when the folder is laid out otherwise, or it or a split in it cannot be listed.
+    """
     parts = _parts(path, strict=True)
     if not parts:
         expected = "a saved data set (dataset_dict.json or state.json), Parquet shards, or metadata.csv"
@@ -63,16 +68,34 @@ def read_hf_dataset(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
 
 
 def _parts(folder: str, *, strict: bool) -> list[_Part]:
-    """The files with rows, in the order to read them. `strict`: raise `InputError` for descriptions that are broken."""
+    """The files with rows, in the order to read them.
+
+    `strict`: raise `InputError` for descriptions that are broken and splits that cannot be listed.
+    """
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         names = _plain_names(folder, "dataset_dict.json", "splits") if strict else ["?"]
         return [part for name in names for part in _saved(os.path.join(folder, name), name, strict=strict)]
-    if os.path.isfile(os.path.join(folder, "state.json")):
+    if _is_saved(folder):
         return _saved(folder, None, strict=strict)
+    for entry in listed(folder) if strict else ():
+        if split_in(entry.name) and os.path.isdir(entry.path):
+            next(listed(entry.path), None)  # glob passes over what it cannot list
     found = _matching(folder, [f"{place}{name}" for place in ("", "*/") for name in _METADATA])
-    if not found and not any(is_picture_name(name) for name in os.listdir(folder)):
+    if not found and not any(is_picture_name(entry.name) for entry in listed(folder)):
         found = _matching(folder, [f"{place}*.parquet" for place in ("", "data/", "*/")])
     return [_Part(os.path.join(folder, name), split_in(name)) for name in found]
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether state.json describes a saved split, and is not the side-car of a state.jpg or some program's own."""
+    if not os.path.isfile(os.path.join(folder, "state.json")):
+        return False
+    if glob.glob("*.arrow", root_dir=folder):
+        return True
+    try:
+        return "_data_files" in _json(folder, "state.json")
+    except InputError:
+        return False
 
 
 def _saved(folder: str, split: str | None, *, strict: bool) -> list[_Part]:
@@ -113,9 +136,10 @@ def _json(folder: str, file: str) -> dict[str, object]:
 
 
 def _matching(folder: str, patterns: Sequence[str]) -> list[str]:
-    """Paths below `folder`, those of the first pattern first, each once."""
+    """Paths below `folder`, those of the first pattern first, each once; of any sub-folder, those that name a split."""
     found = [sorted(glob.glob(pattern, root_dir=folder), key=os.fsencode) for pattern in patterns]
-    return list(dict.fromkeys(name for names in found for name in names))
+    named = ((pattern, name) for pattern, names in zip(patterns, found, strict=True) for name in names)
+    return list(dict.fromkeys(name for pattern, name in named if not pattern.startswith("*/") or split_in(name)))
 
 
 def _reader(path: str) -> _Read:

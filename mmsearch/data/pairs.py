@@ -79,5 +79,5 @@ def _of_split(pairs: Iterator[Pair], split: str, path: str) -> Iterator[Pair]:
             count += 1
             yield pair
     if not count:
-        got = ", ".join(sorted(name or "none" for name in seen)) or "no pairs at all"
+        got = ", ".join(sorted(name or "pairs that name none" for name in seen)) or "no pairs at all"
         raise InputError(path, expected=f"pairs of split {split}", got=got, do="Name another split, or none.")

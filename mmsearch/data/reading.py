@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import xxhash
 
-from mmsearch.errors import ImageError
+from mmsearch.errors import ImageError, InputError
 from mmsearch.types import SkipReason, Stamp
 
 MAX_BYTES = 1 << 30
@@ -38,6 +38,16 @@ def skip_reason(error: OSError) -> SkipReason:
     """VANISHED when there is no such file (any more), else UNREADABLE."""
     gone = isinstance(error, FileNotFoundError | NotADirectoryError)
     return SkipReason.VANISHED if gone else SkipReason.UNREADABLE
+
+
+def listed(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder, in any order; `InputError` when it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        do, got = "Check its permissions.", error.strerror or str(error)
+        raise InputError(folder, expected="a readable folder", got=got, do=do) from error
 
 
 def read_file(path: str, *, max_bytes: int = MAX_BYTES, opener: Opener = os.open) -> tuple[bytes, Stamp]:

@@ -16,9 +16,9 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import xxhash
 
@@ -36,6 +36,7 @@ class Record:
     """One row: `image` as written (None: text only), `line` of the table for messages, counted from 1.
 
     `place`: the address of a picture that is inside a file (`data.packed`); `image` is then only its name.
+    `split_of_file`: the split where no row of this name says one, because the file of the row is named after it.
     """
 
     line: int
@@ -46,6 +47,7 @@ class Record:
     group: str | None = None
     metadata: dict[str, object] = field(default_factory=dict)
     place: str | None = None
+    split_of_file: str | None = None
 
     @property
     def name(self) -> str:
@@ -99,25 +101,45 @@ def wide_places(path: str) -> list[str]:
 def joined(records: Iterable[Record], *, by_split: bool = False) -> Iterator[Record]:
     """Rows of one name become one: all captions in order, the first row's other values before later ones.
 
-    `by_split`: only rows of one split too, so that no caption of another split comes with them.
+    `by_split`: only rows of one split too, so that no caption of another split comes with them. A row that says no
+    split goes with the first of its name that does; the picture inside its table is that of all of them.
     """
+    for _, group in itertools.groupby(_brought_together(records), key=lambda record: record.name):
+        rows = list(group)
+        place = next((row.place for row in rows if row.place), None)
+        for part in _by_split(rows) if by_split else [rows]:
+            yield _one(part, place)
 
-    def key(record: Record) -> str:
-        return f"{record.name}\0{record.split or ''}" if by_split else record.name
 
-    for _, group in itertools.groupby(_brought_together(records, key), key=key):
-        first, *others = group
-        if not others:
-            yield first
-            continue
-        captions = tuple(c for record in (first, *others) for c in record.captions)
-        metadata: dict[str, object] = {}
-        for record in reversed((first, *others)):
-            metadata.update(record.metadata)
-        split = next((r.split for r in (first, *others) if r.split), None)
-        group_id = next((r.group for r in (first, *others) if r.group), None)
-        place = next((r.place for r in (first, *others) if r.place), None)
-        yield Record(first.line, first.image, captions, first.id, split, group_id, metadata, place)
+def _by_split(rows: Sequence[Record]) -> list[list[Record]]:
+    """Rows of one name, those of each split together."""
+    usual = _split_of(rows)
+    parts: dict[str | None, list[Record]] = {}
+    for row in rows:
+        parts.setdefault(row.split or usual, []).append(row)
+    return list(parts.values())
+
+
+def _one(rows: Sequence[Record], place: str | None) -> Record:
+    """All rows of one picture as one."""
+    if len(rows) == 1:
+        return replace(rows[0], split=_split_of(rows), place=place)
+    metadata: dict[str, object] = {}
+    for row in reversed(rows):
+        metadata.update(row.metadata)
+    return replace(
+        rows[0],
+        captions=tuple(caption for row in rows for caption in row.captions),
+        split=_split_of(rows),
+        group=next((row.group for row in rows if row.group), None),
+        metadata=metadata,
+        place=place,
+    )
+
+
+def _split_of(rows: Sequence[Record]) -> str | None:
+    stated = (*(row.split for row in rows), *(row.split_of_file for row in rows))
+    return next((split for split in stated if split), None)
 
 
 def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: OnSkip) -> Iterator[Source]:
@@ -165,14 +187,14 @@ def locate(table: str, record: Record, *, finder: Finder, on_skip: OnSkip) -> tu
         return None
 
 
-def _brought_together(records: Iterable[Record], key: Callable[[Record], str]) -> Iterator[Record]:
-    """The same records with those of one key next to each other, keys in order of first appearance."""
+def _brought_together(records: Iterable[Record]) -> Iterator[Record]:
+    """The same records with those of one name next to each other, names in order of first appearance."""
     try:
         with closing(sqlite3.connect("")) as db:  # a private file that goes with the connection
             db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, name BLOB, record TEXT)")
             db.executemany(
                 "INSERT INTO rows (name, record) VALUES (?, ?)",
-                ((key(r).encode("utf-8", "surrogatepass"), json.dumps(asdict(r))) for r in records),
+                ((r.name.encode("utf-8", "surrogatepass"), json.dumps(asdict(r))) for r in records),
             )
             db.execute("CREATE TABLE firsts AS SELECT name, MIN(row) AS first FROM rows GROUP BY name")
             db.execute("CREATE INDEX by_name ON rows (name, row)")

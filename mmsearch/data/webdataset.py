@@ -9,12 +9,13 @@ Decisions:
 - Members of a key need not be neighbours, since people also pack all pictures first and then all texts.
 - The first picture of a key is its picture; further ones are usually masks or thumbnails.
 - Shards tell their split by their name or their folder's (train-000.tar, val/000.tar), unless a sample says its own.
-- A shard that breaks off is reported and keeps what came before the break.
+- A shard that breaks off is reported and keeps what came before the break; so is one that cannot be read.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import tarfile
@@ -23,6 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from mmsearch.data.packed import Packed
+from mmsearch.data.reading import listed, skip_reason
 from mmsearch.data.records import Record
 from mmsearch.data.sniffing import PICTURE_EXTENSIONS
 from mmsearch.data.splits import split_in
@@ -56,7 +58,7 @@ class _Sample:
     group: str | None = None
     metadata: dict[str, object] = field(default_factory=dict)
 
-    def record(self) -> Record:
+    def record(self, split_of_file: str | None) -> Record:
         """The sample as one row."""
         return Record(
             self.line,
@@ -66,6 +68,7 @@ class _Sample:
             group=self.group,
             metadata=self.metadata,
             place=self.place,
+            split_of_file=split_of_file,
         )
 
 
@@ -76,13 +79,12 @@ def shards(path: str, *, on_skip: OnSkip) -> list[str]:
     that are not there are reported. Raises `InputError` when there is none at all.
     """
     if os.path.isdir(path):
-        found = [name for level in ("*", "*/*") for name in glob.glob(level, root_dir=path) if _is_tar(name)]
-        chosen = [os.path.join(path, name) for name in sorted(found, key=os.fsencode)]
+        chosen = sorted(_in_folder(path, on_skip), key=os.fsencode)
     elif os.path.lexists(path):
         chosen = [path]
     else:
         chosen = []
-        for name in _expanded(path):
+        for name in _names(path):
             matches = sorted(glob.glob(name), key=os.fsencode)
             chosen.extend(matches)
             if not matches:
@@ -92,10 +94,21 @@ def shards(path: str, *, on_skip: OnSkip) -> list[str]:
     return chosen
 
 
+def _in_folder(path: str, on_skip: OnSkip) -> Iterator[str]:
+    for entry in listed(path):
+        if _is_tar(entry):
+            yield entry.path
+        elif not entry.name.startswith(".") and os.path.isdir(entry.path):
+            try:
+                yield from (below.path for below in listed(entry.path) if _is_tar(below))
+            except InputError as error:
+                on_skip(Skipped(entry.path, SkipReason.UNREADABLE, error.got))
+
+
 def read_webdataset(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
     """The samples of all shards that `path` names. Broken members and shards are reported, and cost themselves only.
 
-    Raises `InputError` where there is no shard, or a single one that is no tar file.
+    Raises `InputError` where there is no shard, or a single one that cannot be read or is no tar file.
     """
     found = shards(path, on_skip=on_skip)
     above = os.path.commonpath([os.path.dirname(shard) for shard in found])
@@ -105,12 +118,17 @@ def read_webdataset(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
         with closing(_samples(shard, "" if len(found) == 1 else f"{below}/", on_skip)) as samples:
             try:
                 for sample in samples:
-                    sample.split = sample.split or stated
-                    yield sample.record()
+                    yield sample.record(stated)
             except InputError as error:
                 if len(found) == 1:
                     raise
                 on_skip(Skipped(shard, SkipReason.UNSUPPORTED, f"{error.got}, not {error.expected}"))
+            except OSError as error:
+                got = error.strerror or str(error)
+                if len(found) == 1:
+                    do = "Check what it is, and its permissions."
+                    raise InputError(shard, expected="a readable tar file", got=got, do=do) from error
+                on_skip(Skipped(shard, skip_reason(error), got))
 
 
 def _samples(shard: str, prefix: str, on_skip: OnSkip) -> Generator[_Sample, None, None]:
@@ -166,10 +184,10 @@ def _text(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
 
 
 def _opened(shard: str) -> tarfile.TarFile:
-    """The shard, to be read member by member; `InputError` when it is no uncompressed tar."""
+    """The shard, to be read member by member; `InputError` when it is no uncompressed tar, `OSError` as `open`."""
     try:
         return tarfile.open(shard, "r:", errors="surrogateescape")
-    except (tarfile.TarError, OSError) as error:
+    except tarfile.TarError as error:
         with open(shard, "rb") as file:
             head = file.read(8)
         packer = next((name for magic, name in _PACKERS if head.startswith(magic)), None)
@@ -180,13 +198,16 @@ def _opened(shard: str) -> tarfile.TarFile:
 
 def _members(tar: tarfile.TarFile, shard: str, on_skip: OnSkip) -> Iterator[tuple[int, tarfile.TarInfo]]:
     """(number from 1, member); a break is reported, and ends the shard."""
-    number = 0
+    number = end = 0
     try:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all otherwise
-            number += 1
+            if member.size < 0 or tar.offset <= end:  # tarfile would come back to it for ever
+                on_skip(Skipped(shard, SkipReason.DAMAGED, f"a member of {member.size} bytes after {number} members"))
+                return
+            number, end = number + 1, tar.offset
             yield number, member
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: an offset beyond what a file can have
         on_skip(Skipped(shard, SkipReason.TRUNCATED, f"after {number} members: {error}"))
         return
     with open(shard, "rb") as file:  # tarfile takes whatever is no header for the end
@@ -198,8 +219,18 @@ def _members(tar: tarfile.TarFile, shard: str, on_skip: OnSkip) -> Iterator[tupl
         on_skip(Skipped(shard, SkipReason.DAMAGED, f"no header after {number} members"))
 
 
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar") and not os.path.basename(name).startswith(".")
+def _is_tar(entry: os.DirEntry[str]) -> bool:
+    """By its name, when it is a file, or a link that leads nowhere: that one is reported as it is opened."""
+    named = entry.name.lower().endswith(".tar") and not entry.name.startswith(".")
+    return named and (os.path.isfile(entry.path) or not os.path.exists(entry.path))
+
+
+def _names(pattern: str) -> list[str]:
+    """The names that `pattern` stands for. `InputError` for more than `MAX_SHARDS`, whichever braces they come from."""
+    names = list(itertools.islice(_expanded(pattern), MAX_SHARDS + 1))
+    if len(names) > MAX_SHARDS:
+        raise InputError(pattern, expected=f"a pattern of at most {MAX_SHARDS} shards", got="one of more")
+    return names
 
 
 def _expanded(pattern: str) -> Iterator[str]:

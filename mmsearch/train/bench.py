@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,14 +101,14 @@ def keep(bench: Bench, name: str, *, graphs: bool, card: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def keep_final(bench: Bench, name: str) -> None:
-    """As `keep`, with graphs where they are wanted and can be made; without them queries need torch, nothing else."""
+def keep_final(bench: Bench, name: str, *, store: Callable[..., None] = keep) -> None:
+    """`store` with graphs where they are wanted and can be made; without them queries need torch, nothing else."""
     if bench.settings.run.graphs:
         try:
-            return keep(bench, name, graphs=True, card="")
+            return store(bench, name, graphs=True, card="")
         except (ModelError, RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
             bench.warn(f"no graphs beside the checkpoint, a query will need torch: {str(error).splitlines()[0][:160]}")
-    return keep(bench, name, graphs=False, card="")
+    return store(bench, name, graphs=False, card="")
 
 
 def _without_adapters(model: Any) -> Any:  # noqa: ANN401 - a dual encoder, with adapters or without

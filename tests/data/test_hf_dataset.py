@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 
 import pytest
+from locked import locked, shared_path  # noqa: F401 - a fixture
 from picture_builders import photo, png
 
 from mmsearch.data.collection import read_collection
@@ -334,6 +336,78 @@ def test_a_folder_that_is_no_data_set_is_an_error_when_it_is_called_one(tmp_path
     assert [pair.captions for pair in read(tmp_path)[0]] == [("mine",)]
     with pytest.raises(InputError, match="none of them"):
         read(tmp_path, format="huggingface")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "more.parquet"])
+def test_a_table_in_any_sub_folder_is_no_data_set(tmp_path, name):
+    """Pictures with side-cars stay what they are; only a split's folder counts, or a file named as one."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png())
+        (tmp_path / folder / "1.txt").write_text(folder)
+    if name.endswith("csv"):
+        (tmp_path / "b" / name).write_text("file_name,size\n1.png,5\n")
+    else:
+        as_parquet(tmp_path / "b" / name, rows(0, 2))
+    assert [pair.captions for pair in read(tmp_path)[0]] == [("a",), ("b",)]
+
+
+def test_a_picture_called_state_has_its_side_car(tmp_path):
+    """And the folder is one of pictures; without its Arrow files a saved split is still an error."""
+    (tmp_path / "state.png").write_bytes(png())
+    (tmp_path / "state.json").write_text('{"caption": "Ohio"}')
+    assert [pair.captions for pair in read(tmp_path)[0]] == [("Ohio",)]
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    with pytest.raises(InputError, match="data-0"):
+        read(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(shared_path):  # noqa: F811 - the fixture
+    """Of a data set also one of its splits, since nobody would miss it; of a folder of pictures it is reported."""
+    as_parquet(shared_path / "d" / "train" / "0.parquet", rows(0, 2))
+    as_parquet(shared_path / "d" / "test" / "0.parquet", rows(0, 2))
+    for name in ("p/a", "p/test/b"):
+        (shared_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (shared_path / f"{name}.png").write_bytes(png())
+        (shared_path / f"{name}.txt").write_text(name)
+    assert (len(read(shared_path / "d")[0]), len(read(shared_path / "p")[0])) == (4, 2)
+    with locked(shared_path / "d" / "test", shared_path / "p" / "test"):
+        with pytest.raises(InputError, match=r"d/test: expected a readable folder"):
+            read(shared_path / "d")
+        pairs, skipped = read(shared_path / "p")
+        with pytest.raises(InputError, match="readable folder"):
+            read(shared_path / "p" / "test")
+        with pytest.raises(InputError, match="readable folder"):
+            read(shared_path / "p" / "test", format="huggingface")
+        with pytest.raises(InputError, match="readable folder"):
+            read(shared_path / "p" / "test", format="webdataset")
+    assert [pair.captions for pair in pairs] == [("p/a",)]
+    assert [one.reason for one in skipped] == [SkipReason.UNREADABLE]
+
+
+@pytest.mark.parametrize("size", [0, 4, 16, 23])
+def test_an_arrow_file_with_too_few_offsets_is_an_error(tmp_path, size):
+    """The length of that buffer says so; none of them is read past its end."""
+    folder = as_saved(tmp_path, rows(0, 5), chunk=5)
+    path = folder / "data-00000-of-00001.arrow"
+    whole, six_offsets = path.read_bytes(), struct.pack("<q", 24)
+    assert whole.count(six_offsets) >= 2
+    path.write_bytes(whole.replace(six_offsets, struct.pack("<q", size), 1))
+    with pytest.raises(InputError, match="too few offsets"):
+        read(folder)
+
+
+def test_arrow_offsets_that_leave_and_come_back_are_an_error(tmp_path):
+    """The last is the first, and one between them lies far outside."""
+    folder = as_saved(tmp_path, rows(0, 2), chunk=2)
+    path = folder / "data-00000-of-00001.arrow"
+    sizes = [len(row["image"]["bytes"]) for row in rows(0, 2)]
+    sound, wild = struct.pack("<iii", 0, sizes[0], sum(sizes)), struct.pack("<iii", 0, 1 << 30, 0)
+    whole = path.read_bytes()
+    assert whole.count(sound) == 1
+    path.write_bytes(whole.replace(sound, wild))
+    with pytest.raises(InputError, match="outside the file"):
+        read(folder)
 
 
 def test_an_index_refuses_pictures_inside_a_table(tmp_path):

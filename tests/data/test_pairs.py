@@ -132,6 +132,24 @@ def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(tmp_pat
         read(tmp_path / "t.csv", split="test")
 
 
+def test_pairs_without_a_split_are_said_to_be_such(tmp_path):
+    """When a split is asked for: "none" would read as no pairs."""
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "t.csv").write_text("image,caption,split\n1.jpg,a,train\n2.jpg,b,\n")
+    with pytest.raises(InputError, match="got pairs that name none, train"):
+        read(tmp_path / "t.csv", split="test")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_a_row_without_a_split_goes_with_those_of_its_picture(tmp_path, order):
+    """With the first split that a row of the picture names; captions of two splits stay apart."""
+    pictures(tmp_path, "1.jpg")
+    lines = ["1.jpg,a,", "1.jpg,b,train", "1.jpg,c,train"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption,split", *(lines[i] for i in order), "1.jpg,d,test"]))
+    pairs = read(tmp_path / "t.csv")[0]
+    assert [(set(pair.captions), pair.split) for pair in pairs] == [({"a", "b", "c"}, "train"), ({"d"}, "test")]
+
+
 def test_paths_that_are_no_pairs_are_errors(tmp_path):
     """No such path; a picture; a document of another kind; broken JSON."""
     pictures(tmp_path, "1.jpg")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import tarfile
 import tracemalloc
 
 import pytest
+from locked import locked, shared_path  # noqa: F401 - a fixture
 from picture_builders import jpeg, photo, png
 
 from mmsearch.data.collection import read_collection
@@ -86,6 +88,17 @@ def test_members_of_a_key_need_not_be_neighbours(tmp_path):
     assert skipped == []
 
 
+@pytest.mark.parametrize("name", ["s.tar", "train-0.tar"])
+def test_members_apart_may_name_their_split(tmp_path, name):
+    """All pictures first, then all JSON with a split: it counts for the picture too, before that of the file."""
+    facts = [(f"{i}.json", json.dumps({"caption": f"c{i}", "split": "test"})) for i in (1, 2)]
+    pairs, skipped = read(shard(tmp_path / name, [("1.png", png()), ("2.png", png()), *facts]))
+    assert [(pair.captions, pair.split) for pair in pairs] == [(("c1",), "test"), (("c2",), "test")]
+    assert skipped == []
+    apart, _ = read(shard(tmp_path / name, sorted(samples(0, 2), key=lambda member: member[0][-3:])))
+    assert [pair.split for pair in apart] == ["train" if name.startswith("train") else None] * 2
+
+
 def test_a_folder_of_shards_is_one_data_set(tmp_path):
     """In the order of their names; keys that repeat in another shard are other samples; hidden files are none."""
     shard(tmp_path / "b.tar", samples(0, 2))
@@ -137,6 +150,16 @@ def test_a_pattern_cannot_ask_for_without_end(tmp_path):
     for pattern in ("{0..999999999}.tar", "{5..1}.tar"):
         with pytest.raises(InputError, match="a range of 1 to"):
             shards(str(tmp_path / pattern), on_skip=print)
+
+
+def test_ranges_are_counted_together(tmp_path):
+    """Two ranges of 100,000 name 10^10 shards; none of them is looked for."""
+
+    def looked(skipped):
+        raise AssertionError(skipped)
+
+    with pytest.raises(InputError, match="at most 100000 shards"):
+        shards(str(tmp_path / "{0..99999}{0..99999}.tar"), on_skip=looked)
 
 
 def test_an_existing_file_with_braces_is_no_pattern(tmp_path):
@@ -205,6 +228,30 @@ def test_a_shard_that_breaks_off_keeps_what_came_before(tmp_path):
     assert [one.reason for one in skipped] == [SkipReason.DAMAGED]
 
 
+def of_size(name: str, size: int) -> bytes:
+    """A header that says `size` bytes, in base 256."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (size % 2**96 | (0 if size < 0 else 1 << 95)).to_bytes(12, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("size", [-512, -2048, -1, 2**62, 2**80])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_member_of_an_impossible_size_ends_its_shard(tmp_path, size, before):
+    """Below zero: to follow it leads back, for ever. Or beyond any file."""
+    path = shard(tmp_path / "s.tar", samples(0, 2))
+    with tarfile.open(path) as file:
+        end = file.getmembers()[-1].offset + 1024
+    whole = path.read_bytes()
+    path.write_bytes(whole[: end * before // 2] + of_size("9.png", size) + whole)
+    reported: list = []
+    found = list(itertools.islice(read_webdataset(str(path), on_skip=reported.append), 50))
+    assert [record.captions for record in found if record.captions] == [("caption 0",), ("caption 1",)][:before]
+    assert [one.reason for one in reported] == [SkipReason.DAMAGED if size < 0 else SkipReason.TRUNCATED]
+
+
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar"])
 def test_a_packed_shard_is_refused_with_what_to_do(tmp_path, name):
     """Nothing can be read at any place in it."""
@@ -222,6 +269,45 @@ def test_one_bad_shard_of_many_is_reported(tmp_path):
     pairs, skipped = read(tmp_path)
     assert len(pairs) == 1
     assert {os.path.basename(one.path) for one in skipped} == {"b.tar", "c.tar"}
+
+
+def test_what_cannot_be_opened_is_reported(tmp_path):
+    """A link to nothing; a folder called x.tar is none of the shards. Alone, each is an error."""
+    shard(tmp_path / "a.tar", samples(0, 1))
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    (tmp_path / "c.tar").mkdir()
+    pairs, skipped = read(tmp_path)
+    assert len(pairs) == 1
+    assert [(one.path, one.reason) for one in skipped] == [(str(tmp_path / "b.tar"), SkipReason.VANISHED)]
+    pairs, skipped = read(tmp_path / "{a,c}.tar")
+    assert (len(pairs), [one.reason for one in skipped]) == (1, [SkipReason.UNREADABLE])
+    for name in ("b.tar", "c*.tar"):
+        with pytest.raises(InputError, match="expected"):
+            read(tmp_path / name)
+
+
+def test_a_folder_called_tar_is_a_folder(tmp_path):
+    """With pictures and side-cars as any other."""
+    (tmp_path / "x.tar").mkdir()
+    (tmp_path / "x.tar" / "a.png").write_bytes(png())
+    (tmp_path / "x.tar" / "a.txt").write_text("mine")
+    assert [pair.captions for pair in read(tmp_path)[0]] == [("mine",)]
+
+
+def test_what_may_not_be_read_is_reported(shared_path):  # noqa: F811 - the fixture
+    """A shard or a split among others; the only shard is an error."""
+    for name in ("train/0.tar", "train/1.tar", "test/0.tar"):
+        shard(shared_path / name, samples(0, 2))
+    read(shared_path)  # loads what is loaded late
+    with locked(shared_path / "train" / "1.tar", shared_path / "test"):
+        pairs, skipped = read(shared_path)
+        with pytest.raises(InputError, match="readable"):
+            read(shared_path / "train" / "1.tar")
+        with pytest.raises(InputError, match="readable"):
+            read(shared_path / "train" / "1*.tar")
+    assert len(pairs) == 2
+    assert sorted(os.path.relpath(one.path, shared_path) for one in skipped) == ["test", "train/1.tar"]
+    assert {one.reason for one in skipped} == {SkipReason.UNREADABLE}
 
 
 @pytest.mark.parametrize("name", ["backup.tar", "train/backup.tar", "2019/backup.tar"])

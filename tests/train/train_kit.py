@@ -112,10 +112,10 @@ class Stop(Exception):
 
 
 class Watch:
-    """Follows a run and remembers its notes; raises `Stop` after `stop` steps."""
+    """Follows a run and remembers its notes; raises `Stop` at step `stop`, or at a note that begins with `at`."""
 
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.notes, self.steps = stop, [], 0
+    def __init__(self, stop: int | None = None, *, at: str | None = None) -> None:
+        self.stop, self.at, self.notes, self.steps = stop, at, [], 0
 
     def start(self, total, *, what="", unit=""):
         self.steps = 0
@@ -128,4 +128,6 @@ class Watch:
 
     def note(self, text):
         self.notes.append(text)
+        if self.at is not None and text.startswith(self.at):
+            raise Stop
 
