@@ -106,6 +106,9 @@ def joined(records: Iterable[Record], *, by_split: bool = False) -> Iterator[Rec
     """
     for _, group in itertools.groupby(_brought_together(records), key=lambda record: record.name):
         rows = list(group)
+        if len(rows) == 1 and rows[0].split_of_file is None:  # nearly all of a long table
+            yield rows[0]
+            continue
         place = next((row.place for row in rows if row.place), None)
         for part in _by_split(rows) if by_split else [rows]:
             yield _one(part, place)

@@ -19,6 +19,9 @@ from torch.nn import functional
 from mmsearch.errors import InputError, UsageError
 
 TEMPLATE = "a photo of a {}"
+FIRST_NAME = 3.0
+"""Weight of a class's usual name against that of its synonym in the anchors: chosen on validation captions and on how
+often a photo's nearest name is the classifier's own verdict (recipes/README.md)."""
 _MAX_FILE = 16 << 20
 
 
@@ -75,10 +78,11 @@ def prompts(
     return sentences, owners
 
 
-def class_rows(rows: Tensor, owners: Sequence[int], *, classes: int) -> Tensor:
+def class_rows(rows: Tensor, owners: Sequence[int], *, classes: int, first: float = 1.0) -> Tensor:
     """(p, d) unit rows of sentences -> (classes, d) unit rows: the mean of each class's own, at length 1 again.
 
-    Carries gradients. Equals the row itself where a class has one sentence. `UsageError` when a class has none.
+    `first`: weight of each class's first sentence, its usual name, against 1 for the others. Carries gradients.
+    Equals the row itself where a class has one sentence. `UsageError` when a class has none.
     """
     where = torch.as_tensor(owners, device=rows.device)
     if len(where) != len(rows) or set(range(classes)) != set(owners):
@@ -87,5 +91,8 @@ def class_rows(rows: Tensor, owners: Sequence[int], *, classes: int) -> Tensor:
             expected=f"sentences for each of {classes} classes",
             got=f"{len(rows)} for {len(set(owners))} classes",
         )
-    total = rows.new_zeros(classes, rows.shape[1]).index_add(0, where, rows)
+    weights = rows.new_ones(len(rows), 1)
+    weights[list({owner: place for place, owner in reversed(list(enumerate(owners)))}.values())] = first
+    weighted = rows * weights
+    total = rows.new_zeros(classes, rows.shape[1]).index_add(0, where, weighted)
     return functional.normalize(total, dim=-1)

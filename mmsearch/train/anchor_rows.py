@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmsearch.errors import UsageError
-from mmsearch.towers.anchor_names import class_rows, imagenet_prompts, read_prompts
+from mmsearch.towers.anchor_names import FIRST_NAME, class_rows, imagenet_prompts, read_prompts
 from mmsearch.train.encoding import Texts, TowerPass
 
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
@@ -65,4 +65,4 @@ class AnchorRows:
         rows = torch.from_numpy(self._texts.rows())
         for module, training in was_training.items():
             module.training = training
-        model.image.anchors.set_names(class_rows(rows, self._owners, classes=self._classes))
+        model.image.anchors.set_names(class_rows(rows, self._owners, classes=self._classes, first=FIRST_NAME))

@@ -66,10 +66,9 @@ def _kernel_gradient(padded: Tensor, gradient: Tensor, *, side: int) -> Tensor:
     return result
 
 
-def _gains(module: nn.Module) -> bool:
+def _gains(module: nn.Conv2d) -> bool:
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).__name__ in ("Conv2d", "Conv2dSame")
+        type(module).__name__ in ("Conv2d", "Conv2dSame")
         and module.groups == module.in_channels == module.out_channels
         and module.kernel_size in ((5, 5), (7, 7))
         and module.stride in ((1, 1), (2, 2))
@@ -87,7 +86,7 @@ def _convolve(module: nn.Conv2d, images: Tensor) -> Tensor:
         return plain
     padded = functional.pad(images.to(low), _padding(module, images))
     padded = padded.contiguous(memory_format=torch.channels_last)
-    result: Tensor = _Depthwise.apply(padded, module.weight.to(low), module.stride[0])  # type: ignore[no-untyped-call]
+    result: Tensor = _Depthwise.apply(padded, module.weight.to(low), module.stride[0])
     return result
 
 
@@ -106,9 +105,9 @@ def _padding(module: nn.Conv2d, images: Tensor) -> list[int]:
 @contextmanager
 def fast_depthwise(model: nn.Module) -> Iterator[int]:
     """Inside: wide depthwise convolutions of `model` train with the fast backward pass. Yields how many they are."""
-    found = [module for module in model.modules() if _gains(module)]
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d) and _gains(module)]
     for module in found:
-        module.forward = partial(_convolve, module)
+        module.__dict__["forward"] = partial(_convolve, module)
     try:
         yield len(found)
     finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,8 @@ class TowerPass:
     def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(b, t) int64 each -> (b, d) float32 unit rows. Floats (b, w) in the place of ids are pooled features."""
         pooled = ids.to(self.device) if ids.is_floating_point() else self.pooled_texts(ids, mask)
-        rows: Tensor = self.model.text.embed(pooled.float())
+        tower: Any = self.model.text
+        rows: Tensor = tower.embed(pooled.float())
         return rows
 
     def pooled_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -144,14 +146,15 @@ class TowerPass:
         if self.device.type != "cpu" or len(ids) <= _PIECE:
             return self._pooled(ids, mask)
         order = mask.sum(dim=1).argsort(stable=True)
-        rows = torch.cat([self._pooled(ids[part], mask[part]) for part in order.split(_PIECE)])
+        rows = torch.cat([self._pooled(ids[part], mask[part]) for part in torch.split(order, _PIECE)])
         return rows[order.argsort()]
 
     def _pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
+        tower: Any = self.model.text
         longest = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
         ids, mask = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device)
         with self.autocast():
-            pooled: Tensor = self.model.text.pooled(ids, mask)
+            pooled: Tensor = tower.pooled(ids, mask)
         return pooled
 
 

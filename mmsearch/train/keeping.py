@@ -13,6 +13,7 @@ Decisions:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,10 +46,11 @@ class KeptClasses:
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """(b, ...) pictures as the step has them: adds the gradient, and tells the value."""
         part = images[: max(_FEWEST, len(images) // _PART)]
-        return sum(
+        values = [
             self._backward(piece, share=self._weight * len(piece) / len(part), scale=scale)
-            for piece in part.split(self._chunk or len(part))
-        )
+            for piece in torch.split(part, self._chunk or len(part))
+        ]
+        return math.fsum(values)
 
     def _backward(self, images: Tensor, *, share: float, scale: Callable[[Tensor], Tensor] | None) -> float:
         before = self._verdict_before(images)

@@ -62,7 +62,8 @@ class FrozenPrefix:
     def outputs(self, images: Tensor) -> Tensor:
         """(b, 3, s, s) normalised pixels -> (b, ...) the output of the last of these stages."""
         parts = stages(self.backbone)
-        last, found = parts[self._count - 1].modules[-1], []
+        found: list[Tensor] = []
+        last = parts[self._count - 1].modules[-1]
         own = last.forward
 
         def kept(*inputs: Any, **settings: Any) -> Tensor:  # noqa: ANN401 - whatever a stage is given
@@ -132,7 +133,7 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
     """Within the block these modules run these functions."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
@@ -140,7 +141,7 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
             if own is None:
                 del module.__dict__["forward"]
             else:
-                module.forward = own  # type: ignore[method-assign]
+                module.forward = own
 
 
 def _hand_on(value: Any, *others: Any, **settings: Any) -> Any:  # noqa: ANN401 - whatever a stage is given
@@ -174,7 +175,7 @@ class KeptViews:
         made_by: tuple[str, Preprocessing, Augmentation | None],
     ) -> None:
         weights, preprocessing, augmentation = made_by
-        facts = [weights, asdict(preprocessing), asdict(augmentation) if augmentation else None]
+        facts: list[Any] = [weights, asdict(preprocessing), asdict(augmentation) if augmentation else None]
         facts.append([[pair.image, *_stamp_of(pair.image), names_a_side(pair.captions)] for pair in pairs])
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
         self.folder, self._pairs, self.views = folder / digest[:16], pairs, views

@@ -120,8 +120,8 @@ def train(
         for warning in (*examples.warnings, *_about(settings, examples)):
             bench.warn(warning)
         if ranks.is_main:
-            _write_json(folder / SETTINGS, settings.to_json())
             _write_pairs(folder / HELD_OUT, examples.val)
+            _write_json(folder / SETTINGS, settings.to_json())
         return _trained(bench, stack, started=started)
 
 
@@ -269,7 +269,7 @@ def _claimed(folder: Path, *, force: bool) -> Iterator[None]:
 def _check_ours(folder: Path) -> None:
     """`UsageError` for a folder with anything in it that no run left there: a run replaces and removes files."""
     found = {entry.name for entry in folder.iterdir()} - {".lock"}
-    if found and not (SETTINGS in found and found & {RUN, REPORT, METRICS}):
+    if found and not (SETTINGS in found and found & {RUN, REPORT, METRICS, HELD_OUT}):
         raise UsageError(
             str(folder), expected="a new or empty folder, or one of an earlier run", got=f"{sorted(found)[0]} in it",
             do="Choose another --out.",

@@ -131,7 +131,12 @@ def _put_moments(
         slot, _, name = key.partition(".")
         if name not in named:
             raise InputError("state of the optimiser", expected="parameters that learn in this run", got=name)
-        optimiser.state[named[name]][slot] = value.to(named[name].device)
+        parameter = named[name]
+        if value.shape == parameter.shape:
+            # Laid out as the parameter is: a fused optimiser walks both by address, and channels-last kernels would
+            # meet the moments of other weights.
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        optimiser.state[parameter][slot] = value.to(parameter.device)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -33,6 +33,10 @@ class Taught(nn.Module):
     `starts` (n,): the row of each pair's first caption in `texts`.
     """
 
+    images: Tensor
+    texts: Tensor
+    starts: Tensor
+
     def __init__(self, loss: Distillation, images: Tensor, texts: Tensor, starts: Tensor) -> None:
         super().__init__()
         self.loss = loss

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmsearch.errors import InputError
+from mmsearch.errors import InputError, ModelError
 from mmsearch.evaluate.report import Evaluation
 from mmsearch.evaluate.rows import evaluate_rows
 from mmsearch.train.batches import numbered
@@ -22,7 +22,7 @@ from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.feed import plain_pixels
 from mmsearch.types import Pair, Preprocessing, Skipped
 
-_BATCH = 64
+_BATCH, _OFF = 64, 1e-3
 _BUDGET = 2 << 30
 
 
@@ -64,6 +64,8 @@ class Validation:
         finally:
             for module, training in was_training.items():
                 module.training = training
+        _check_rows(images, "pictures")
+        _check_rows(texts, "captions")
         owners = np.repeat(np.arange(len(self._pairs)), [len(pair.captions) for pair in self._pairs])
         there = np.isin(owners, found)  # the captions of pictures that could be read
         numbers = numbered(pair.group for pair in self._pairs)
@@ -110,6 +112,15 @@ class Validation:
     def _skip(self, skipped: Skipped) -> None:
         if not self._told:
             self._on_skip(skipped)
+
+
+def _check_rows(rows: np.ndarray, what: str) -> None:
+    """`ModelError` when weights have become so large, or no numbers, that rows have no direction."""
+    if not bool((np.abs(np.linalg.norm(rows, axis=1) - 1.0) < _OFF).all()):
+        raise ModelError(
+            f"training, rows of the held-out {what}", expected="finite rows of length 1", got="others",
+            do="Lower run.lr, or try --precision fp32; the best checkpoint so far is kept.",
+        )  # fmt: skip
 
 
 def score_of(found: Evaluation) -> float:

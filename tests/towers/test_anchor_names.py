@@ -55,6 +55,12 @@ def test_a_class_is_the_mean_direction_of_its_sentences():
     assert torch.allclose(rows, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
 
 
+def test_the_first_name_of_a_class_may_weigh_more():
+    """Known value: first name (1, 0) with weight 3 and a synonym (0, 1) point to (3, 1)."""
+    rows = class_rows(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [0, 1, 0], classes=2, first=3.0)
+    assert torch.allclose(rows, torch.tensor([[3.0, 1.0], [10.0**0.5, 0.0]]) / 10**0.5)
+
+
 def test_class_rows_carry_gradients_to_the_sentences():
     """So that names may be part of a training step."""
     rows = functional.normalize(torch.randn(4, 3, dtype=torch.float64), dim=-1).requires_grad_()

@@ -148,3 +148,24 @@ def test_saving_leaves_one_file_and_nothing_half(tmp_path):
         save_tensors(tmp_path / "a.safetensors", {"x": torch.full((2, 3), value).T})
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.full((3, 2), 2.0))
+
+
+def test_moments_come_back_in_the_layout_of_their_parameter(tmp_path):
+    """A fused optimiser walks both by address: a channels-last kernel would meet the moments of other weights."""
+    found = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        kernel = nn.Parameter(torch.randn(3, 4, 2, 2).contiguous(memory_format=torch.channels_last))
+        optimiser = torch.optim.AdamW([kernel], lr=0.1, fused=True)
+        for step in range(3):
+            if interrupted and step == 2:
+                path, named = tmp_path / STATE, {"k": kernel}
+                save_state(path, Progress(), model={}, named=named, optimiser=optimiser, average=None)
+                optimiser = torch.optim.AdamW([kernel], lr=0.1, fused=True)
+                load_state(path, model={}, named=named, optimiser=optimiser)
+                assert optimiser.state[kernel]["exp_avg"].stride() == kernel.stride()
+            optimiser.zero_grad()
+            (kernel * torch.arange(48.0).reshape(3, 4, 2, 2)).square().sum().backward()
+            optimiser.step()
+        found.append(kernel.detach())
+    assert torch.equal(*found)

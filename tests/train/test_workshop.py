@@ -1,0 +1,190 @@
+"""Every way to train runs to its end, and what should change nothing changes nothing."""
+
+import pytest
+import torch
+from train_kit import Watch, anew, losses, pixels, settings, table, tokens
+
+from mmsearch.errors import ResourceError
+from mmsearch.testing import TINY_CONFIG, tiny_checkpoint
+from mmsearch.towers.checkpoint import load_dual_encoder
+from mmsearch.train.run import train
+from mmsearch.train.workshop import _objective
+
+NO_DROPOUT = {**TINY_CONFIG["text"]["backbone"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CALM = {**TINY_CONFIG, "text": {**TINY_CONFIG["text"], "backbone": NO_DROPOUT}}
+PLAIN = {"enabled": False}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twelve pictures with three captions each, none held out."""
+    return table(tmp_path_factory.mktemp("pictures"), 12, captions=3, val=0)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A start without dropout."""
+    return {"model": str(tiny_checkpoint(tmp_path_factory.mktemp("calm") / "calm", config=CALM).directory)}
+
+
+def ran(folder, pairs, start, **sections):
+    """(losses, report, notes) of a run of two epochs of three steps without held-out pairs."""
+    watch = Watch()
+    run = {"epochs": 2, **sections.pop("run", {})}
+    data = {"val_share": 0, **sections.pop("data", {})}
+    report = train(settings(pairs, start=start, run=run, data=data, **sections), folder, watcher=watch)
+    return losses(folder), report, watch.notes
+
+
+def finite_rows(model) -> bool:
+    with torch.no_grad():
+        rows = torch.cat([model.encode_texts(*tokens(["a red car"])), model.encode_images(pixels(2))])
+    return bool(rows.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("sections", "steps"),
+    [
+        ({"run": {"precision": "bf16"}}, 6),
+        ({"run": {"accumulate": 2}}, 4),
+        ({"run": {"checkpointing": True}}, 6),
+        ({"run": {"clip": 0.0, "ema": 0.0, "schedule": "linear", "floor": 0.1}}, 6),
+        ({"run": {"backbone_start": 0.5}, "text": {"train": 1, "layer_decay": 0.5, "embeddings": False}}, 6),
+        ({"objective": {"name": "sigmoid"}}, 6),
+        ({"objective": {"name": "info_nce+10*max_hinge", "smoothing": 0.1, "margin": 0.3}}, 6),
+        ({"objective": {"matryoshka": [2, 4, 8]}}, 6),
+        ({"objective": {"teacher": "TEACHER"}, "run": {"chunk": 3}}, 6),
+        ({"objective": {"hard_negatives": 3, "mine_from": 0}, "run": {"chunk": 2}}, 6),
+        ({"objective": {"keep_classes": 2.0}, "image": {"train": 1}}, 6),
+        ({"start": {"item": "gated"}, "objective": {"modality_dropout": 0.5}, "run": {"chunk": 3}}, 6),
+        ({"text": {"lora": 2}, "image": {"lora": 2}}, 6),
+        ({"text": {"lora": 2, "train": 1}, "image": {"train": "head"}}, 6),
+        ({"text": {"train": "none"}, "image": {"train": "head"}}, 6),
+        ({"image": {"train": "all", "batch_norm": True}}, 6),
+        ({"augment": {"enabled": False}, "data": {"limit": 8}}, 4),
+        ({"augment": {"randaugment": 2, "word_drop": 0.5}, "run": {"feature_dropout": 0.5}}, 6),
+        ({"start": {"anchor_prompts": "NAMES"}, "run": {"anchor_refresh": 2}}, 6),
+    ],
+    ids=lambda value: "-".join(f"{k}.{'.'.join(v)}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_it_runs_and_its_checkpoint_loads(sections, steps, pairs, calm, tmp_path):
+    """So many steps, losses that are numbers, a model that differs from its start and gives unit rows."""
+    if any("lora" in sections.get(side, {}) for side in ("text", "image")):
+        pytest.importorskip("peft")
+    (tmp_path / "names.txt").write_text("dog\ncat\ncar\nbeach\nred\n")
+    start = {**calm, **sections.pop("start", {})}
+    if start.get("anchor_prompts"):
+        start["anchor_prompts"] = str(tmp_path / "names.txt")
+    objective = sections.get("objective", {})
+    if objective.get("teacher"):
+        objective = {**objective, "teacher": str(tiny_checkpoint(tmp_path / "teacher", seed=9).directory)}
+    found, report, _ = ran(tmp_path / "o", pairs, start, **{**sections, "objective": objective})
+    assert (len(found), report.steps) == (steps, steps)
+    assert all(0 < loss < 100 for loss in found)
+    model, before = load_dual_encoder(tmp_path / "o" / "best"), load_dual_encoder(calm["model"])
+    assert finite_rows(model)
+    state, old = model.state_dict(), before.state_dict()
+    assert any(not torch.equal(state[name], old[name]) for name in old)
+    for side, frozen in (("text", "text.backbone"), ("image", "image.backbone")):
+        if sections.get(side, {}).get("train") in ("head", "none"):
+            assert all(torch.equal(state[name], old[name]) for name in old if name.startswith(frozen))
+
+
+def test_gradient_caching_gives_the_losses_of_whole_batches(pairs, calm, tmp_path):
+    """Step by step, to rounding; the classifier's verdicts are held in chunks as well."""
+    options = {"augment": PLAIN, "objective": {"keep_classes": 1.0}}
+    whole, _, _ = ran(tmp_path / "a", pairs, calm, **options, run={"batch_size": 6})
+    cut, _, _ = ran(tmp_path / "b", pairs, calm, **options, run={"batch_size": 6, "chunk": 2})
+    assert cut == pytest.approx(whole, abs=2e-3)
+
+
+def test_activation_checkpointing_gives_the_same_losses(pairs, calm, tmp_path):
+    """It costs time and nothing else; a backbone that has none is named."""
+    plain, _, _ = ran(tmp_path / "a", pairs, calm, augment=PLAIN)
+    again, report, _ = ran(tmp_path / "b", pairs, calm, augment=PLAIN, run={"checkpointing": True})
+    assert again == pytest.approx(plain, abs=1e-3)
+    assert any("not known to the image backbone" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(("image", "text"), [({"train": 1}, {}), ({"train": "head"}, {"train": "head"})])
+def test_kept_views_give_the_losses_of_decoding_anew(image, text, pairs, calm, tmp_path):
+    """Behind frozen stages, or the whole frozen backbone with all captions kept: to half precision."""
+    options = {"augment": PLAIN, "image": image, "text": text}
+    anew_, _, _ = ran(tmp_path / "a", pairs, calm, **options)
+    kept, _, notes = ran(tmp_path / "b", pairs, calm, **options, run={"views": 3})
+    assert any(note.startswith("keeping 1 views of 12 pictures") for note in notes)
+    assert any(note.startswith("keeping 36 captions") for note in notes) == (text == {"train": "head"})
+    assert kept == pytest.approx(anew_, abs=5e-3)
+
+
+def test_captions_that_lose_words_are_not_kept(pairs, calm, tmp_path):
+    """Frozen or not, they are other captions each time."""
+    options = {"image": {"train": "head"}, "text": {"train": "head"}, "augment": {"word_drop": 0.3}}
+    _, _, notes = ran(tmp_path / "b", pairs, calm, **options, run={"views": 2, "epochs": 1})
+    assert any("2 views" in note for note in notes)
+    assert not any("captions behind" in note for note in notes)
+
+
+def test_kept_views_are_shared_by_runs_that_name_their_folder(pairs, calm, tmp_path):
+    """Another seed and another rate find them there; they stay when the run has ended."""
+    for name, run in (("a", {}), ("b", {"seed": 4, "lr": 1e-4})):
+        views = {"views": 1, "views_folder": str(tmp_path / "views"), "epochs": 1}
+        ran(tmp_path / name, pairs, calm, image={"train": 1}, run={**views, **run})
+        (kept,) = (tmp_path / "views").glob("*/view-0.npy")
+        if name == "a":
+            before = kept.stat().st_mtime_ns
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_broken_picture_is_left_out_and_told_once_by_every_run(calm, tmp_path):
+    """Also by one that finds the views kept already; the steps are those of the others."""
+    pairs = table(tmp_path / "d", 12, val=0, broken=2)
+    run = {"views": 2, "views_folder": str(tmp_path / "views"), "epochs": 1}
+    for name in ("a", "b"):
+        _, report, notes = ran(tmp_path / name, pairs, calm, image={"train": 1}, run=run)
+        assert sorted(one.path.rpartition("/")[2] for one in report.skipped) == ["00.png", "01.png"]
+        assert sum(note.startswith("skipped") for note in notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"run": {"views": 2, "checkpointing": True}, "image": {"train": 1}}, "activation checkpointing is on"),
+        ({"run": {"views": 2}, "image": {"train": "all"}}, None),
+        ({"run": {"views": 2}, "image": {"train": 1, "batch_norm": True}}, None),
+    ],
+)
+def test_views_are_decoded_anew_where_they_cannot_be_kept(sections, words, pairs, calm, tmp_path):
+    """What learns in front of every cut needs no word; what the user asked for in vain does."""
+    found, report, notes = ran(tmp_path / "o", pairs, calm, **sections)
+    assert len(found) == 6
+    assert not any(note.startswith("keeping") and "views" in note for note in notes)
+    assert any(words in warning for warning in report.warnings) if words else not report.warnings[1:]
+
+
+def test_a_disk_that_is_too_small_stops_only_those_who_asked_for_views(calm, tmp_path, monkeypatch):
+    """By default pictures are then decoded anew, and a warning says why."""
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    pairs = table(tmp_path / "d", 8, val=0)
+    found, report, _ = ran(tmp_path / "a", pairs, calm, image={"train": 1}, run={"views": -1, "epochs": 1})
+    assert len(found) == 2
+    assert any("decoded anew" in warning and "MB free" in warning for warning in report.warnings)
+    with pytest.raises(ResourceError, match=r"run\.views"):
+        ran(tmp_path / "b", pairs, calm, image={"train": 1}, run={"views": 1, "epochs": 1})
+
+
+def test_the_sigmoid_loss_starts_a_new_model_at_its_own_scale(pairs, calm, tmp_path):
+    """Ten, as its paper does; a model that was trained before keeps the one it has."""
+    sections = {"objective": {"name": "sigmoid"}, "run": {"epochs": 1, "lr": 1e-6}}
+    for start, scale in ((anew(tmp_path), 10.0), (calm, 1 / 0.07)):
+        out = tmp_path / f"o{scale:.0f}"
+        ran(out, pairs, start, **sections)
+        assert float(load_dual_encoder(out / "best").logit_scale.detach()) == pytest.approx(scale, rel=1e-3)
+
+
+def test_the_whole_dimension_is_one_of_the_nested_ones_named_or_not(pairs):
+    """8 of [8, 4] is not counted twice."""
+    for dims in ([4], [8, 4], [4, 8]):
+        assert _objective(settings(pairs, objective={"matryoshka": dims}), dim=8).dims == (4, 8)
