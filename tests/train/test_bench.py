@@ -34,7 +34,7 @@ def test_the_best_is_a_link_to_the_last_that_was_kept(tmp_path):
 
 
 def test_a_name_that_is_there_is_not_written_to(tmp_path):
-    """After an interruption the same epoch is kept again: `best` may point to the first, which stays whole till then."""
+    """After an interruption the same epoch is kept again: `best` may point to the first, whole till then."""
     bench = bench_of(tmp_path)
     keep(bench, "epoch-0001", graphs=False, card="")
     first = (tmp_path / "best").resolve()

@@ -46,7 +46,9 @@ def test_gradients_are_those_of_the_plain_convolution(side, stride, shape):
     assert torch.equal(own, plain)
     sent = torch.randn_like(plain)
     for got, expected in zip(
-        torch.autograd.grad(own, (images, kernel), sent), torch.autograd.grad(plain, (images, kernel), sent), strict=True
+        torch.autograd.grad(own, (images, kernel), sent),
+        torch.autograd.grad(plain, (images, kernel), sent),
+        strict=True,
     ):
         assert got.shape == expected.shape
         assert (got - expected).abs().max() < 1e-12

@@ -10,6 +10,7 @@ from mmsearch.testing import TINY_CONFIG, tiny_dual_encoder
 from mmsearch.train.encoding import Texts, checkpoint_activations, pick_device, pick_precision
 from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix
 
+
 @torch.no_grad()
 def test_rows_of_many_captions_are_those_of_each_alone():
     """80 captions are encoded in pieces of similar length, and come back in their own order."""

@@ -36,7 +36,7 @@ def images(size: int = 32) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["timm:test_efficientnet", "timm:tf_mobilenetv3_small_minimal_100", "timm:test_resnet", "timm:test_convnext",
+    ["timm:test_efficientnet", "timm:tf_efficientnet_lite0", "timm:test_resnet", "timm:test_convnext",
      "torchvision:resnet18", "plain_cnn:4,8,8", "timm:test_vit"],
 )  # fmt: skip
 @torch.no_grad()
@@ -156,7 +156,9 @@ class Source:
                 if number == self.stop:
                     raise KeyboardInterrupt
                 self.asked += [draw.row for draw in draws]
-                kept = [draw for draw in draws if (draw.row, draw.seed) not in self.broken and draw.row not in self.broken]
+                kept = [
+                    draw for draw in draws if (draw.row, draw.seed) not in self.broken and draw.row not in self.broken
+                ]
                 yield Batch(kept, torch.tensor([[draw.row, draw.seed] for draw in kept]))
         finally:
             self.closed += 1
@@ -211,7 +213,7 @@ def test_views_that_are_there_are_not_made_again(tmp_path):
 
 
 def test_other_makers_have_another_place(tmp_path):
-    """Weights, augmentation, a file that changed its size or another list of pictures; more views are the same place."""
+    """Weights, augmentation, a changed file or another list of pictures; more views are the same place."""
     own = pairs(tmp_path)
     first = views_of(tmp_path, own)
     assert views_of(tmp_path, own, views=4).folder == first.folder

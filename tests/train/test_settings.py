@@ -85,7 +85,8 @@ def test_a_value_of_another_type_is_an_error_that_names_it(section, values):
         ("objective", {"smoothing": 1.0}), ("objective", {"name": "sigmoid", "smoothing": 0.1}),
         ("objective", {"hard_share": 1.5}), ("objective", {"hard_negatives": -1}), ("objective", {"mine_from": -1}),
         ("objective", {"name": "hinge", "margin": 0}), ("objective", {"teacher_scale": 0}),
-        ("objective", {"teacher_weight": -1}), ("objective", {"matryoshka": [8, 8]}), ("objective", {"matryoshka": [0]}),
+        ("objective", {"teacher_weight": -1}), ("objective", {"matryoshka": [8, 8]}),
+        ("objective", {"matryoshka": [0]}),
         ("objective", {"modality_dropout": 2}), ("objective", {"keep_classes": -1}), ("data", {"workers": -1}),
         ("text", {"train": 0}), ("text", {"train": "some"}), ("text", {"rate": 0}), ("image", {"lora": -1}),
         ("image", {"lora": 2, "train": "head"}), ("source", [{"repeat": 2}]),
@@ -108,7 +109,8 @@ def test_set_reads_values_as_toml_and_else_as_text():
     """Numbers, booleans and lists as TOML has them; a bare word needs no quotes."""
     values = overridden(
         {"run": {"lr": 1.0, "epochs": 2}},
-        ["run.lr=1e-4", "run.wise=false", "run.betas=[0.8, 0.9]", "text.train=head", "image.train= 2", 'start.item="gated"'],
+        ["run.lr=1e-4", "run.wise=false", "run.betas=[0.8, 0.9]", "text.train=head", "image.train= 2",
+         'start.item="gated"'],
     )  # fmt: skip
     assert values["run"] == {"lr": 1e-4, "epochs": 2, "wise": False, "betas": [0.8, 0.9]}
     got = settings_from(values)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 from train_kit import Stop, Watch, anew, journal, losses, settings, table
 
@@ -127,7 +128,9 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(pairs, start, tmp_path
     )  # fmt: skip
     train(chosen, tmp_path / "a")
     command = [sys.executable, "-c", _RUN, str(HERE), json.dumps(chosen.to_json()), str(tmp_path / "b")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, stderr=subprocess.DEVNULL
+    )
     wanted, lines, deadline = random.randrange(2, 16), tmp_path / "b" / "metrics.jsonl", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if lines.exists() and lines.read_bytes().count(b"\n") > wanted:

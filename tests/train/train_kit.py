@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in journal(out) if "loss" in line]
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - not an error: somebody pressed Ctrl-C
     """A run was interrupted on purpose."""
 
 
@@ -131,3 +132,26 @@ class Watch:
         if self.at is not None and text.startswith(self.at):
             raise Stop
 
+
+def as_rank(rank: int, port: int, values: list[dict], out: str) -> None:
+    """The body of one of two processes that train together, run after run; the last one is interrupted once."""
+    from mmsearch.train.run import train
+
+    torch.set_num_threads(1)
+    plan = [(number, None) for number in range(len(values))]
+    plan.insert(-1, (len(values) - 1, 4))
+    for turn, (number, stop) in enumerate(plan):
+        environ = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port + turn)}  # fmt: skip
+        try:
+            train(settings_from(values[number]), f"{out}/{number}", environ=environ, watcher=Watch(stop=stop))
+        except (Stop, RuntimeError):  # the main rank was stopped, and the other one was left alone
+            if stop is None:
+                raise
+
+
+def free_port() -> int:
+    """The first of some ports that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
