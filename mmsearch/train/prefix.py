@@ -203,7 +203,8 @@ class KeptViews:
                     advance(len(self._pairs))
                 self._maps.append(np.load(path, mmap_mode="r"))
         # A picture that a slow disk kept from one view alone would be NaN in some steps and not in others.
-        self.unfit = {row for row in range(len(self._pairs)) if any(np.isnan(one[row].flat[0]) for one in self._maps)}
+        missing = [np.isnan(one.reshape(len(one), -1)[:, 0]) for one in self._maps]
+        self.unfit = set(np.flatnonzero(np.any(missing, axis=0)).tolist())
 
     def read(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
         """(b,) rows and views -> (b, ...) float16."""

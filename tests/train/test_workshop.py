@@ -62,6 +62,7 @@ def finite_rows(model) -> bool:
         ({"start": {"item": "gated"}, "objective": {"modality_dropout": 0.5}, "run": {"chunk": 3}}, 6),
         ({"text": {"lora": 2}, "image": {"lora": 2}}, 6),
         ({"text": {"lora": 2, "train": 1}, "image": {"train": "head"}}, 6),
+        ({"text": {"lora": 2}, "image": {"lora": 2, "train": 1}, "run": {"views": 1, "precision": "bf16"}}, 6),
         ({"text": {"train": "none"}, "image": {"train": "head"}}, 6),
         ({"image": {"train": "all", "batch_norm": True}}, 6),
         ({"augment": {"enabled": False}, "data": {"limit": 8}}, 4),
