@@ -67,7 +67,8 @@ class Objective:
     `hard_negatives`: mined neighbours a pair, 0 for none, drawn into `hard_share` of each batch from epoch `mine_from`;
     `teacher`: a model whose similarities are imitated with weight `teacher_weight` at multiplier `teacher_scale`;
     `modality_dropout`: probability that an item loses one side, used when the model has an item head;
-    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none.
+    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none;
+    `memory`: pairs of earlier batches that are further rivals (`memory.Remembering`), 0 for none.
     """
 
     name: str = "info_nce"
@@ -83,6 +84,7 @@ class Objective:
     teacher_scale: float = 20.0
     modality_dropout: float = 0.5
     keep_classes: float = 1.0
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,7 @@ def _check_objective(objective: Objective) -> None:
     for name in ("smoothing", "hard_share", "modality_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise UsageError(f"objective.{name}", expected="from 0 to 1", got=str(getattr(objective, name)))
-    for name in ("hard_negatives", "soften_epochs", "mine_from"):
+    for name in ("hard_negatives", "soften_epochs", "mine_from", "memory"):
         if getattr(objective, name) < 0:
             raise UsageError(f"objective.{name}", expected="0 or more", got=str(getattr(objective, name)))
     # What the parts of the loss refuse, they refuse now, not when pictures have been decoded for an hour.
