@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--boost", type=float, default=1.25)
+    parser.add_argument("--mirror", action="store_true", help="a picture's row is the mean of both its mirror images'")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     directory, _ = locate(Path(options.checkpoint))
@@ -42,6 +44,9 @@ def main() -> None:
     AnchorRows(passes, prompts=IMAGENET, tokens=tokens).refresh()
     with torch.no_grad():
         model.image.anchors.scale.mul_(options.boost)
+    if options.mirror:
+        model.config = replace(model.config, image=replace(model.config.image, mirror=True))
+        model.image.mirror = True
     draft = options.out.with_name(options.out.name + ".draft")
     card = Path(__file__).with_name("bundled_card.md").read_text("utf-8").replace("{name}", options.name)
     save_checkpoint(model, draft, tokenizer_json=directory / TOKENIZER, name=options.name, card=card)

@@ -15,6 +15,7 @@ from mmsearch.cli.terminal import as_json, emit, guarded, plural
 from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
+    from mmsearch.train.item_validation import ItemHits
     from mmsearch.train.run import TrainReport
 
 RESUME = "interrupted: what was done is kept. Run the same command again to go on where it stopped."
@@ -134,7 +135,17 @@ def _lines(report: TrainReport) -> Iterator[str]:
     )
     if report.comparison is not None:
         yield from report.comparison.lines()
+    if report.items is not None:
+        yield from _item_lines(report.items)
     if report.share < 1.0:
         yield f"The model holds {100 * report.share:.0f} % of the new weights and the rest of the old (WiSE-FT)."
     folder = report.checkpoint.parent
     yield f"checkpoint: {folder}  (curves: {folder / 'curves.png'}, settings: {folder / 'settings.json'})"
+
+
+def _item_lines(items: ItemHits) -> Iterator[str]:
+    names = list(next(iter(items.values())))
+    yield f"{'text -> item':<14} " + " ".join(f"{name:>7}" for name in names)
+    for form, shares in items.items():
+        yield f"{form:<14} " + " ".join(f"{100 * shares[name]:>7.1f}" for name in names)
+    yield "In per cent. An item's text never has its query's words; mixed: pictures, texts and both in one gallery."

@@ -89,14 +89,21 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """An image tower. `backbone`: "timm:NAME", "torchvision:NAME" or "plain_cnn[:width,width,...]"."""
+    """An image tower. `backbone`: "timm:NAME", "torchvision:NAME" or "plain_cnn[:width,width,...]".
+
+    `mirror`: a picture's row is the mean of its own and its mirror image's, at twice the work; in training each view
+    is one of both.
+    """
 
     backbone: str = "timm:tf_efficientnet_lite2"
     pooling: str = "avg"
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     anchors: AnchorsConfig | None = None
+    mirror: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mirror, bool):
+            raise ModelError("image mirror", expected="true or false", got=repr(self.mirror)[:60])
         if not isinstance(self.backbone, str) or not 0 < len(self.backbone) <= _MAX_BACKBONE_NAME:
             raise ModelError("image backbone", expected="a short name", got=repr(self.backbone)[:60])
         _one_of("image pooling", self.pooling, POOLINGS)
@@ -141,6 +148,8 @@ class DualEncoderConfig:
         plain["text"]["backbone"] = dict(self.text.backbone)
         if self.item is None:
             del plain["item"]  # a model without the head is written, and identified, as before there was one
+        if not self.image.mirror:
+            del plain["image"]["mirror"]
         return plain
 
     @classmethod

@@ -128,6 +128,7 @@ class ImageTower(nn.Module):
         assert isinstance(backbone, nn.Module)  # for the type checker
         self.backbone = backbone
         self.projection = build_projection(config.projection, width=self.width, dim=dim)
+        self.mirror = config.mirror
         anchors = config.anchors
         self.anchors = None if anchors is None else ClassNameAnchors(anchors, width=self.width, dim=dim)
 
@@ -146,4 +147,14 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, 3, s, s) float, normalised -> (b, d) float32 unit rows."""
-        return self.embed(self.pooled(images))
+        if not self.mirror or self.training:
+            return self.embed(self.pooled(images))
+        return joined_views(self.embed(self.pooled(torch.cat([images, images.flip(-1)]))))
+
+
+def joined_views(rows: Tensor) -> Tensor:
+    """(2 b, d) unit rows of b pictures, then of their mirror images in the same order -> (b, d) unit rows, the means.
+
+    Known value: two equal rows give that row.
+    """
+    return functional.normalize(rows.reshape(2, -1, rows.shape[-1]).sum(dim=0), dim=-1)

@@ -2,7 +2,9 @@
 
 Decisions:
 - Rows are made anew every so many steps and before anything is measured or saved, without a gradient: a thousand names
-  at every step would cost more than the captions, and the names should follow the text tower, not pull at it.
+  at every step would cost more than the captions, and the names should follow the text tower, not pull at it. They
+  must not fall far behind: captions then learn to meet names that are no longer said so, and the loss falls while the
+  model gets worse (with names 120 steps old, from 47.8 to 45.6 mean hit@1/5/10 on held-out pairs).
 - Which names a checkpoint's anchors stand for is not stored in it. A model with 1,000 classes is taken to speak of
   ImageNet's unless the settings name a file; with another number and no file the rows stay as they are.
 """

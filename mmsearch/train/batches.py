@@ -8,6 +8,8 @@ Decisions:
 - A pair that comes several times takes its captions in turn, from a random one on.
 - Mined negatives are pulled forward, not added: every pair still comes as often as it should, and an epoch is no
   longer than without them. Late in an epoch most of them have been used, and its batches are nearly random again.
+- Batches of one source each (`origins`) are planned apart and dealt evenly over the epoch. Pictures of two collections
+  are told apart by their look and the way they are captioned, so in a mixed batch half of the rivals are no rivals.
 - Draws that do not fill a batch are left out (others in each epoch): a small batch has few negatives, and so a loss of
   its own size.
 """
@@ -41,9 +43,19 @@ class Draw:
     seed: int
 
 
-def batches_in_epoch(repeats: Sequence[int], batch_size: int) -> int:
+def batches_in_epoch(repeats: Sequence[int], batch_size: int, *, origins: Sequence[int] | None = None) -> int:
     """How many batches `plan_epoch` plans: full ones, or a single smaller one. Known value: 10 draws by 4 are 2."""
-    return max(1, sum(repeats) // batch_size)
+    return sum(max(1, sum(repeats[i] for i in part) // batch_size) for part in _parts(len(repeats), origins))
+
+
+def _parts(count: int, origins: Sequence[int] | None) -> list[list[int]]:
+    """Rows 0..count-1 by their origin, in the order of its number; all in one part without origins."""
+    if origins is None:
+        return [list(range(count))]
+    parts: dict[int, list[int]] = {}
+    for row, origin in enumerate(origins):
+        parts.setdefault(origin, []).append(row)
+    return [parts[origin] for origin in sorted(parts)]
 
 
 def plan_epoch(
@@ -55,6 +67,7 @@ def plan_epoch(
     epoch: int,
     neighbours: Ints | None = None,
     hard_share: float = 0.5,
+    origins: Sequence[int] | None = None,
 ) -> list[list[Draw]]:
     """Batches of exactly `batch_size` draws; one smaller batch where there are fewer draws than that.
 
@@ -62,11 +75,56 @@ def plan_epoch(
     in a batch only where it has more draws than there are batches, or where the last batches leave no choice.
     `neighbours`: (n, k) int64, rows of pairs that are hard negatives of pair i, -1 for none. Of each batch,
     `hard_share` (0..1) of the places go to neighbours of its other draws, as far as they have draws left.
+    `origins`: of each pair; all draws of a batch are then of one origin. None: whatever comes meets.
 
     Raises `UsageError` when the numbers do not fit together.
     """
-    _check(pairs, repeats, batch_size=batch_size, neighbours=neighbours, hard_share=hard_share)
-    random = np.random.default_rng([seed & (2**63 - 1), epoch])
+    _check(pairs, repeats, batch_size=batch_size, neighbours=neighbours, hard_share=hard_share, origins=origins)
+    parts = _parts(len(pairs), origins)
+    if len(parts) > 1:
+        plans = [
+            _plan_part(
+                part, pairs, repeats, batch_size=batch_size, seed=[seed & (2**63 - 1), epoch, number],
+                neighbours=neighbours, hard_share=hard_share,
+            )
+            for number, part in enumerate(parts)
+        ]  # fmt: skip
+        return _dealt(plans)
+    return _plan(
+        pairs, repeats, batch_size=batch_size, seed=[seed & (2**63 - 1), epoch], neighbours=neighbours,
+        hard_share=hard_share,
+    )  # fmt: skip
+
+
+def _plan_part(
+    part: Sequence[int], pairs: Sequence[Pair], repeats: Sequence[int], *, batch_size: int, seed: Sequence[int],
+    neighbours: Ints | None, hard_share: float,
+) -> list[list[Draw]]:  # fmt: skip
+    """The batches of the rows in `part` alone; neighbours outside of it do not count."""
+    near = None
+    if neighbours is not None:
+        places = np.full(len(pairs) + 1, -1, np.int64)  # the last is where -1 points
+        places[list(part)] = np.arange(len(part))
+        near = places[neighbours[list(part)]]
+    plan = _plan(
+        [pairs[i] for i in part], [repeats[i] for i in part], batch_size=batch_size, seed=seed, neighbours=near,
+        hard_share=hard_share,
+    )  # fmt: skip
+    return [[Draw(part[draw.row], draw.caption, draw.seed) for draw in batch] for batch in plan]
+
+
+def _dealt(plans: Sequence[list[list[Draw]]]) -> list[list[Draw]]:
+    """All batches of all plans, those of each one evenly over the whole."""
+    places = [((j + 0.5) / len(plan), i, j) for i, plan in enumerate(plans) for j in range(len(plan))]
+    return [plans[i][j] for _, i, j in sorted(places)]
+
+
+def _plan(
+    pairs: Sequence[Pair], repeats: Sequence[int], *, batch_size: int, seed: Sequence[int], neighbours: Ints | None,
+    hard_share: float,
+) -> list[list[Draw]]:  # fmt: skip
+    """As `plan_epoch`, for one part; `seed`: of its random numbers."""
+    random = np.random.default_rng(seed)
     groups = numbered(pair.group for pair in pairs)
     rows = np.repeat(np.arange(len(pairs)), repeats)  # (N,) the row of each draw
     captions = _captions(pairs, repeats, random)
@@ -84,14 +142,17 @@ def plan_epoch(
 
 
 def _check(
-    pairs: Sequence[Pair], repeats: Sequence[int], *, batch_size: int, neighbours: Ints | None, hard_share: float
-) -> None:
+    pairs: Sequence[Pair], repeats: Sequence[int], *, batch_size: int, neighbours: Ints | None, hard_share: float,
+    origins: Sequence[int] | None,
+) -> None:  # fmt: skip
     if batch_size < 1:
         raise UsageError("batch_size", expected="1 or more", got=str(batch_size))
     if not 0.0 <= hard_share <= 1.0:
         raise UsageError("hard_share", expected="0..1", got=str(hard_share))
     if len(repeats) != len(pairs):
         raise UsageError("repeats", expected=f"{len(pairs)}, one a pair", got=str(len(repeats)))
+    if origins is not None and len(origins) != len(pairs):
+        raise UsageError("origins", expected=f"{len(pairs)}, one a pair", got=str(len(origins)))
     if neighbours is not None and (neighbours.ndim != 2 or len(neighbours) != len(pairs)):
         raise UsageError("neighbours", expected=f"({len(pairs)}, k)", got=str(neighbours.shape))
 

@@ -45,13 +45,17 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """`repeats[i]`: how often `train[i]` comes in an epoch. No group and no picture is in both `train` and `val`."""
+    """`repeats[i]`: how often `train[i]` comes in an epoch. No group and no picture is in both `train` and `val`.
+
+    `origins[i]`: the number of the source that `train[i]` is from.
+    """
 
     train: tuple[Pair, ...]
     repeats: tuple[int, ...]
     val: tuple[Pair, ...]
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[str, ...] = ()
+    origins: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class _Member:
     pair: Pair
     repeat: int
     key: int
+    origin: int
 
 
 def read_examples(
@@ -80,8 +85,8 @@ def read_examples(
     skipped: list[Skipped] = []
     train: list[_Member] = []
     val: list[Pair] = []
-    for source in sources:
-        own, held_out = _read_source(source, seed=seed, skipped=skipped)
+    for number, source in enumerate(sources):
+        own, held_out = _read_source(source, number, seed=seed, skipped=skipped)
         if not held_out:
             own, held_out = _hold_out(own, share=val_share, limit=limit)
         train.extend(own)
@@ -91,7 +96,8 @@ def read_examples(
     _check_contrast(pairs, where=", ".join(source.path for source in sources))
     _check_leak(pairs, val)
     warnings = (*_about_skipped(skipped), *_about_texts(pairs, val), *_about_val(val))
-    return Examples(tuple(pairs), tuple(member.repeat for member in train), tuple(val), tuple(skipped), warnings)
+    repeats, origins = (member.repeat for member in train), (member.origin for member in train)
+    return Examples(tuple(pairs), tuple(repeats), tuple(val), tuple(skipped), warnings, tuple(origins))
 
 
 def _check_numbers(sources: Sequence[DataSource], *, val_share: float, limit: int | None) -> None:
@@ -106,7 +112,9 @@ def _check_numbers(sources: Sequence[DataSource], *, val_share: float, limit: in
             raise UsageError(f"repeat of {source.path}", expected="1 or more", got=str(source.repeat))
 
 
-def _read_source(source: DataSource, *, seed: int, skipped: list[Skipped]) -> tuple[list[_Member], list[Pair]]:
+def _read_source(
+    source: DataSource, number: int, *, seed: int, skipped: list[Skipped]
+) -> tuple[list[_Member], list[Pair]]:
     """What a source says to train on, and what it says to measure on (nothing where both splits are the same)."""
     wanted, measured = canonical_split(source.split), canonical_split(source.val_split)
     base, seen = os.path.abspath(source.path), set()
@@ -116,7 +124,7 @@ def _read_source(source: DataSource, *, seed: int, skipped: list[Skipped]) -> tu
         seen.add(pair.split or "none")
         named = pair if pair.group == pair.image else replace(pair, group=f"{base}#{pair.group}")
         if pair.split in (wanted, None):
-            train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed)))
+            train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed), number))
         elif pair.split == measured:
             val.append(named)
     if not train:

@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class KeptViews:
         made_by: tuple[str, Preprocessing, Augmentation | None],
     ) -> None:
         weights, preprocessing, augmentation = made_by
-        facts: list[Any] = [weights, asdict(preprocessing), asdict(augmentation) if augmentation else None]
+        facts: list[Any] = [weights, asdict(preprocessing), asdict(replace(augmentation, word_drop=0.0)) if augmentation else None]
         facts.append([[pair.image, *_stamp_of(pair.image), names_a_side(pair.captions)] for pair in pairs])
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
         self.folder, self._pairs, self.views = folder / digest[:16], pairs, views

@@ -41,6 +41,7 @@ from mmsearch.train.curves import draw_curves
 from mmsearch.train.distributed import ranks_from
 from mmsearch.train.encoding import TowerPass, pick_device
 from mmsearch.train.examples import Examples, read_examples
+from mmsearch.train.item_validation import ItemHits
 from mmsearch.train.journal import METRICS, Journal
 from mmsearch.train.lora import add_lora, merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
@@ -59,7 +60,8 @@ _SHARED = "Let all nodes see one --out folder."
 class TrainReport:
     """How a run ended. `checkpoint`: the directory of the best model. `share`: of the new weights (WiSE-FT), in [0, 1].
 
-    `comparison`: before and after on the held-out pairs, None without any. `best_epoch` counts from 1.
+    `comparison`: before and after on the held-out pairs, None without any. `best_epoch` counts from 1. `items`: how
+    texts find the held-out items in each form; None without an item head, or without pairs that say it in two ways.
     """
 
     checkpoint: Path
@@ -70,6 +72,7 @@ class TrainReport:
     best_epoch: int
     share: float
     comparison: Comparison[Evaluation] | None
+    items: ItemHits | None = None
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     seconds: float = 0.0
@@ -80,6 +83,7 @@ class TrainReport:
             "checkpoint": str(self.checkpoint), "pairs": self.pairs, "held_out": self.held_out, "steps": self.steps,
             "epochs": self.epochs, "best_epoch": self.best_epoch, "share": self.share,
             "comparison": None if self.comparison is None else self.comparison.to_json(),
+            "items": None if self.items is None else {form: dict(shares) for form, shares in self.items.items()},
             "warnings": list(self.warnings), "skipped": len(self.skipped), "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
@@ -200,13 +204,13 @@ def _finished(
     bench: Bench, trainer: Trainer, shop: Workshop, *, before: Evaluation | None, share: float, started: float
 ) -> TrainReport:
     progress, warnings = trainer.progress, bench.warnings
-    checkpoint, comparison = bench.out / BEST, None
+    checkpoint, comparison, items = bench.out / BEST, None, None
     if bench.ranks.is_main:
         shop.anchors.refresh()
         bench.watcher.note("writing the checkpoint")
         keep_final(bench, f"epoch-{progress.best_epoch + 1:04d}-final")
         if shop.validation is not None and before is not None:
-            after = _stored(bench, shop.passes, shop.validation)
+            after, items = _stored(bench, shop.passes, shop.validation)
             comparison = _compared(bench, before, after)
             if share == 0.0:
                 bench.warn("no share of the new weights was better than the model before: it was kept as it was")
@@ -216,7 +220,7 @@ def _finished(
     report = TrainReport(
         checkpoint, pairs=len(bench.examples.train), held_out=len(bench.examples.val), steps=progress.step,
         epochs=progress.epoch, best_epoch=progress.best_epoch + 1, share=share, comparison=comparison,
-        warnings=tuple(warnings), skipped=tuple(bench.skipped), seconds=time.monotonic() - started,
+        items=items, warnings=tuple(warnings), skipped=tuple(bench.skipped), seconds=time.monotonic() - started,
     )  # fmt: skip
     if bench.ranks.is_main:
         _write_json(bench.out / REPORT, report.to_json())
@@ -232,14 +236,14 @@ def _compared(bench: Bench, before: Evaluation, after: Evaluation) -> Comparison
         return None
 
 
-def _stored(bench: Bench, passes: TowerPass, validation: Validation) -> Evaluation:
+def _stored(bench: Bench, passes: TowerPass, validation: Validation) -> tuple[Evaluation, ItemHits | None]:
     """The checkpoint as it lies on disk, measured: its weights are put into the model that was trained."""
     stored = load_dual_encoder(bench.out / BEST)
     bench.start.model.load_state_dict(stored.state_dict())
     if not bench.start.known:  # what did not learn was not stored before, and is now rounded, too
         passes.compiled = None
         validation.forget()
-    return validation.evaluate(name=bench.out.resolve().name)
+    return validation.evaluate(name=bench.out.resolve().name), validation.evaluate_items()
 
 
 @contextmanager

@@ -33,11 +33,15 @@ _MAX_RECIPE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """`val_share`: share of the groups held out where the data names no validation split. `limit`: pairs at most."""
+    """`val_share`: share of the groups held out where the data names no validation split. `limit`: pairs at most.
+
+    `mixed`: pairs of several sources may meet in a batch; False: each batch is of one source.
+    """
 
     val_share: float = 0.1
     limit: int | None = None
     workers: int | None = None
+    mixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,7 @@ class Objective:
     `hard_negatives`: mined neighbours a pair, 0 for none, drawn into `hard_share` of each batch from epoch `mine_from`;
     `teacher`: a model whose similarities are imitated with weight `teacher_weight` at multiplier `teacher_scale`;
     `modality_dropout`: probability that an item loses one side, used when the model has an item head;
-    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none;
-    `memory`: pairs of earlier batches that are further rivals (`memory.Remembering`), 0 for none.
+    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none.
     """
 
     name: str = "info_nce"
@@ -84,7 +87,6 @@ class Objective:
     teacher_scale: float = 20.0
     modality_dropout: float = 0.5
     keep_classes: float = 1.0
-    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class Run:
     device: str = "auto"
     threads: int = 0
     feature_dropout: float = 0.0
-    anchor_refresh: int = 100
+    anchor_refresh: int = 20
     patience: int = 4
     ema: float = 0.998
     wise: bool = True
@@ -318,7 +320,7 @@ def _check_objective(objective: Objective) -> None:
     for name in ("smoothing", "hard_share", "modality_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise UsageError(f"objective.{name}", expected="from 0 to 1", got=str(getattr(objective, name)))
-    for name in ("hard_negatives", "soften_epochs", "mine_from", "memory"):
+    for name in ("hard_negatives", "soften_epochs", "mine_from"):
         if getattr(objective, name) < 0:
             raise UsageError(f"objective.{name}", expected="0 or more", got=str(getattr(objective, name)))
     # What the parts of the loss refuse, they refuse now, not when pictures have been decoded for an hour.

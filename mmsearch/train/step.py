@@ -21,7 +21,6 @@ from mmsearch.train.encoding import TowerPass
 from mmsearch.train.feed import Batch
 from mmsearch.train.keeping import KeptClasses
 from mmsearch.train.losses import Distillation, InfoNce
-from mmsearch.train.memory import Remembering
 from mmsearch.train.modality import ItemBatch, another_caption, item_loss, modality_dropout
 from mmsearch.types import Pair
 
@@ -86,14 +85,11 @@ class BatchGradient:
         if items is not None:
             sides.append(self._side(lambda piece: parts.passes.texts(*piece), self._model.text, *items[0]))
 
-        made: list[Tensor] = []
-
         def loss(texts: Tensor, images: Tensor, *others: Tensor) -> Tensor:
             texts, images = parts.ranks.gather_rows(texts), parts.ranks.gather_rows(images)
             scale_now = self._model.logit_scale
             named = {"text_groups": groups, "image_groups": groups}
             value: Tensor = parts.objective(texts, images, scale_now, **named)
-            made.extend((texts.detach(), images.detach()))
             if parts.taught is not None:
                 taught = [parts.ranks.gather_rows(rows.to(texts.device)) for rows in parts.taught.rows(batch.draws)]
                 value = value + parts.taught.loss(
@@ -104,8 +100,6 @@ class BatchGradient:
             return value
 
         value = float(backward_in_chunks(sides, loss, scale=scale))
-        if isinstance(parts.objective, Remembering):
-            parts.objective.remember(made[0], made[1], groups)
         if parts.kept is None:
             return value
         held = torch.tensor([parts.kept.backward(batch.images, scale=scale)], dtype=torch.float64)

@@ -100,7 +100,9 @@ class Trainer:
         self._optimiser = torch.optim.AdamW(self._groups, betas=run.betas, fused=True)
         self._average = Average(self.model, decay=run.ema) if run.ema else None
         self._scaler = torch.amp.GradScaler(workshop.passes.device.type, enabled=workshop.passes.dtype == torch.float16)
-        per_epoch = math.ceil(batches_in_epoch(examples.repeats, run.batch_size) / run.accumulate)
+        self._origins = None if settings.data.mixed else examples.origins
+        planned = batches_in_epoch(examples.repeats, run.batch_size, origins=self._origins)
+        per_epoch = math.ceil(planned / run.accumulate)
         self.steps = min(run.max_steps or _MOST_SEEDS, per_epoch * run.epochs)
         self._schedule = Schedule(
             self.steps, warmup=round(run.warmup * self.steps), kind=run.schedule, floor=run.floor,
@@ -157,6 +159,7 @@ class Trainer:
         plan = plan_epoch(
             self.examples.train, self.examples.repeats, batch_size=run.batch_size, seed=run.seed,
             epoch=progress.epoch, neighbours=self._neighbours(), hard_share=self.settings.objective.hard_share,
+            origins=self._origins,
         )[progress.batch :]  # fmt: skip
         own = [self.shop.ranks.share(draws) for draws in plan]
         saved = clock = time.monotonic()

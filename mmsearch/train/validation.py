@@ -9,17 +9,20 @@ Decisions:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmsearch.errors import InputError, ModelError
 from mmsearch.evaluate.report import Evaluation
 from mmsearch.evaluate.rows import evaluate_rows
+from mmsearch.towers.image import joined_views
 from mmsearch.train.batches import numbered
 from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.feed import plain_pixels
+from mmsearch.train.item_validation import ItemHits, item_forms, item_hits, item_texts
 from mmsearch.types import Pair, Preprocessing, Skipped
 
 _BATCH, _OFF = 64, 1e-3
@@ -55,17 +58,8 @@ class Validation:
     @torch.no_grad()
     def evaluate(self, *, name: str) -> Evaluation:
         """Encode everything as the model stands (in evaluation mode) and rank both ways."""
-        passes = self._passes
-        was_training = {module: module.training for module in passes.model.modules()}
-        passes.model.eval()
-        try:
-            found, images = self._images()
-            texts = self._captions.rows()
-        finally:
-            for module, training in was_training.items():
-                module.training = training
-        _check_rows(images, "pictures")
-        _check_rows(texts, "captions")
+        with _evaluation_mode(self._passes.model):
+            found, images, texts = self._rows()
         owners = np.repeat(np.arange(len(self._pairs)), [len(pair.captions) for pair in self._pairs])
         there = np.isin(owners, found)  # the captions of pictures that could be read
         numbers = numbered(pair.group for pair in self._pairs)
@@ -73,12 +67,44 @@ class Validation:
             texts[there], images, text_groups=numbers[owners[there]], image_groups=numbers[found], model=name
         )
 
+    @torch.no_grad()
+    def evaluate_items(self) -> ItemHits | None:
+        """Encode everything as the model stands (in evaluation mode): how texts find what its head makes of the pairs.
+
+        None without a head, or with fewer than two pairs that have a text beside their query (`item_validation`).
+        """
+        model = self._passes.model
+        if model.item is None or len(texts_of := item_texts(self._pairs)) < 2:
+            return None
+        with _evaluation_mode(model):
+            found, images, captions = self._rows()
+            places = [place for place, pair in enumerate(found) if pair in texts_of]
+            if len(places) < 2:  # of those that can be read
+                return None
+            kept = np.array(found)[places]
+            queries = np.cumsum([0, *(len(pair.captions) for pair in self._pairs)])[kept]
+            texts = queries + [texts_of[pair] for pair in kept]
+            sides = (torch.from_numpy(rows).to(self._passes.device) for rows in (images[places], captions[texts]))
+            forms = {form: rows.cpu().numpy() for form, rows in item_forms(model.item_rows, *sides).items()}
+        for rows in forms.values():
+            _check_rows(rows, "items")
+        return item_hits(captions[queries], forms, groups=numbered(pair.group for pair in self._pairs)[kept])
+
+    def _rows(self) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Positions of the pictures that can be read, their rows, and the rows of all captions."""
+        found, images = self._images()
+        texts = self._captions.rows()
+        _check_rows(images, "pictures")
+        _check_rows(texts, "captions")
+        return found, images, texts
+
     def _images(self) -> tuple[list[int], np.ndarray]:
         positions: list[int] = []
         rows: list[np.ndarray] = []
         for where, inputs in self._inputs():
             positions += where.tolist()
-            rows.append(self._passes.images(inputs).float().cpu().numpy())
+            encoded = self._passes.images(inputs).float()
+            rows.append((joined_views(encoded) if self._passes.model.image.mirror else encoded).cpu().numpy())
         if not rows:
             raise InputError("validation pictures", expected="at least one that can be read", got="none")
         return positions, np.concatenate(rows)
@@ -104,6 +130,8 @@ class Validation:
             workers=self._workers, on_skip=self._skip,
         ):  # fmt: skip
             inputs = torch.from_numpy(pixels)
+            if self._passes.model.image.mirror:
+                inputs = torch.cat([inputs, inputs.flip(2)])
             if self._passes.prefix is not None:
                 inputs = self._passes.prefix_outputs(inputs).to(torch.float16)
             yield where, inputs
@@ -112,6 +140,18 @@ class Validation:
     def _skip(self, skipped: Skipped) -> None:
         if not self._told:
             self._on_skip(skipped)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and then as it was."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
 
 
 def _check_rows(rows: np.ndarray, what: str) -> None:

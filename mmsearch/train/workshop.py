@@ -26,7 +26,6 @@ from mmsearch.train.encoding import Texts, TowerPass, checkpoint_activations, pi
 from mmsearch.train.feed import PixelFeed, plain_pixels
 from mmsearch.train.keeping import KeptClasses
 from mmsearch.train.losses import Distillation, build_objective
-from mmsearch.train.memory import Remembering
 from mmsearch.train.objective import Objective
 from mmsearch.train.parameters import first_trained_stage
 from mmsearch.train.pictures import Feed, KeptFeed, joined_captions
@@ -91,8 +90,7 @@ def _objective(settings: TrainSettings, *, dim: int) -> Objective:
     if dims and max(dims) > dim:
         raise UsageError("objective.matryoshka", expected=f"dimensions below {dim}", got=str(max(dims)))
     dims = (*(one for one in dims if one != dim), dim) if dims else ()
-    made = build_objective(wanted.name, smoothing=wanted.smoothing, margin=wanted.margin, matryoshka_dims=dims)
-    return Remembering(made, wanted.memory, dim) if wanted.memory else made
+    return build_objective(wanted.name, smoothing=wanted.smoothing, margin=wanted.margin, matryoshka_dims=dims)
 
 
 def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed | None:

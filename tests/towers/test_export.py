@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmsearch.backends.onnx import OnnxBackend
+from mmsearch.testing import TINY_CONFIG, tiny_checkpoint
 from mmsearch.towers.checkpoint import TOKEN_TABLE, Checkpoint, load_dual_encoder
 from mmsearch.towers.tensors import read_layout
 
@@ -69,6 +70,19 @@ def test_pictures_through_the_graph_equal_torch(graph_checkpoint, b):
     with torch.no_grad():
         wanted = load_dual_encoder(graph_checkpoint).encode_images(torch.from_numpy(pixels))
     assert (cosine(got, wanted) > 0.99999).all()
+
+
+def test_both_mirror_images_are_in_the_graph(tmp_path):
+    """For any batch, and with the weights stored once."""
+    mirrored = {**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "mirror": True}}
+    checkpoint = tiny_checkpoint(tmp_path / "mirrored", config=mirrored, graphs=True)
+    backend, model = OnnxBackend(checkpoint.directory), load_dual_encoder(checkpoint)
+    for b in (1, 3):
+        pixels = np.random.default_rng(b).integers(0, 256, (b, 32, 32, 3), np.uint8)
+        with torch.no_grad():
+            wanted = model.encode_images(torch.from_numpy(pixels))
+        assert (cosine(backend.encode_pixels(pixels), wanted) > 0.9999).all()
+        assert (cosine(backend.encode_pixels(pixels[:, :, ::-1].copy()), wanted) > 0.9999).all()
 
 
 def test_graphs_are_covered_by_checksums(graph_checkpoint):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmsearch.errors import UsageError
+from mmsearch.errors import ModelError, UsageError
+from mmsearch.testing import TINY_CONFIG, tiny_dual_encoder
 from mmsearch.towers.anchors import ClassNameAnchors
-from mmsearch.towers.config import AnchorsConfig, ProjectionConfig
+from mmsearch.towers.config import AnchorsConfig, DualEncoderConfig, ImageConfig, ProjectionConfig
+from mmsearch.towers.image import joined_views
 from mmsearch.towers.pooling import Pooling, masked_mean
 from mmsearch.towers.projection import build_projection
 
@@ -104,3 +106,41 @@ def test_names_of_another_shape_are_refused():
     """(classes, d) or an error that says both."""
     with pytest.raises(UsageError, match=r"\(3, 3\)"):
         anchors_with(torch.eye(3)).set_names(functional.normalize(torch.randn(2, 3)))
+
+
+# Both mirror images
+
+
+def mirrored(mirror: bool):
+    return tiny_dual_encoder({**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "mirror": mirror}})
+
+
+def test_a_mirrored_tower_gives_the_mean_of_both_images():
+    """So a picture and its mirror image have one row; in training each view stands for itself."""
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, both = mirrored(False).eval(), mirrored(True).eval()
+    with torch.no_grad():
+        one, other = plain.encode_images(pixels), plain.encode_images(pixels.flip(2))
+        rows = both.encode_images(pixels)
+        assert torch.allclose(rows, functional.normalize(one + other, dim=-1), atol=1e-5)
+        assert torch.allclose(rows, both.encode_images(pixels.flip(2)), atol=1e-5)
+        assert not torch.allclose(one, other, atol=1e-3)
+        both.image.training = True  # the tower alone: its batch norms stay as they are
+        assert torch.allclose(both.encode_images(pixels), one, atol=1e-5)
+
+
+def test_joined_views_of_equal_rows_are_that_row():
+    """First all pictures, then all mirror images: (2 b, d)."""
+    rows = torch.eye(4)[:2]
+    assert torch.equal(joined_views(torch.cat([rows, rows])), rows)
+
+
+def test_a_tower_without_mirror_is_written_as_before_there_was_one():
+    """Its identity stays, and indexes made with it stay good."""
+    config = DualEncoderConfig.from_json(TINY_CONFIG)
+    assert "mirror" not in config.to_json()["image"]
+    twice = DualEncoderConfig.from_json({**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "mirror": True}})
+    assert DualEncoderConfig.from_json(twice.to_json()) == twice
+    assert twice.image.mirror
+    with pytest.raises(ModelError, match="image mirror"):
+        ImageConfig(mirror="yes")  # type: ignore[arg-type]

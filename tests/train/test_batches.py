@@ -201,3 +201,55 @@ def test_names_are_numbered_in_the_order_they_appear():
     """Equal numbers for equal names, and none for none."""
     assert numbered(["b", "a", "b"]).tolist() == [0, 1, 0]
     assert numbered([]).shape == (0,)
+
+
+# One source a batch
+
+
+def sources(*sizes: int) -> tuple[list[Pair], list[int]]:
+    """Pairs of as many sources, not sorted by it, and the source of each."""
+    origins = np.repeat(np.arange(len(sizes)), sizes)
+    return pairs(len(origins)), np.random.default_rng(1).permutation(origins).tolist()
+
+
+def test_a_batch_is_of_one_source():
+    """All of them, spread over the whole epoch, and as many as are foretold."""
+    some, origins = sources(40, 83)
+    found = plan(some, origins=origins)
+    assert len(found) == batches_in_epoch([1] * len(some), 8, origins=origins) == 5 + 10
+    kinds = [{origins[row] for row in batch} for batch in rows(found)]
+    assert {len(kind) for kind in kinds} == {1}
+    assert len(set(sum(rows(found), []))) == 5 * 8 + 10 * 8
+    firsts = [number for number, kind in enumerate(kinds) if kind == {0}]
+    assert all(2 <= late - early <= 4 for early, late in zip(firsts, firsts[1:], strict=False))
+
+
+def test_a_source_too_small_for_a_batch_has_one_of_its_own():
+    """It is not left out, and not mixed with another."""
+    some, origins = sources(3, 40)
+    found = plan(some, origins=origins)
+    assert sorted(len(batch) for batch in found) == [3, 8, 8, 8, 8, 8]
+
+
+def test_one_source_alone_is_planned_as_ever():
+    """Whether it may be mixed with others or not."""
+    some = pairs(40)
+    assert plan(some, origins=[0] * 40) == plan(some)
+
+
+def test_hard_negatives_stay_in_their_source():
+    """A neighbour from elsewhere does not count; one from here is pulled forward."""
+    some, origins = sources(64, 64)
+    own = [[row for row in range(128) if origins[row] == kind] for kind in (0, 1)]
+    near = np.array([[own[1 - origins[row]][0], own[origins[row]][0]] for row in range(128)])
+    found = plan(some, origins=origins, neighbours=near, batch_size=16)
+    assert all(len({origins[row] for row in batch}) == 1 for batch in rows(found))
+    for kind in (0, 1):
+        first = next(batch for batch in rows(found) if origins[batch[0]] == kind)
+        assert own[kind][0] in first
+
+
+def test_origins_of_other_pairs_are_refused():
+    """One each."""
+    with pytest.raises(UsageError, match="origins"):
+        plan(pairs(10), origins=[0] * 9)

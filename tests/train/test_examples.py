@@ -132,6 +132,7 @@ def test_several_sources_are_joined_each_with_its_repeats(tmp_path):
     second = DataSource(table(tmp_path / "b", unsplit(20)))
     found = read(first, second)
     assert found.repeats == (3,) * 3 + (1,) * 18
+    assert found.origins == (0,) * 3 + (1,) * 18
     assert len(found.val) == 2 + 2
 
 

@@ -213,10 +213,12 @@ def test_views_that_are_there_are_not_made_again(tmp_path):
 
 
 def test_other_makers_have_another_place(tmp_path):
-    """Weights, augmentation, a changed file or another list of pictures; more views are the same place."""
+    """Weights, augmentation, a changed file or another list of pictures; more views or word drop are the same place."""
     own = pairs(tmp_path)
     first = views_of(tmp_path, own)
     assert views_of(tmp_path, own, views=4).folder == first.folder
+    cropped, dropped = Augmentation(), Augmentation(word_drop=0.5)  # a view has no words
+    assert views_of(tmp_path, own, augmentation=dropped).folder == views_of(tmp_path, own, augmentation=cropped).folder
     folders = [first, views_of(tmp_path, own, weights="x"), views_of(tmp_path, own, augmentation=Augmentation())]
     folders += [views_of(tmp_path, own[:5]), views_of(tmp_path, pairs(tmp_path, size=40))]
     assert len({views.folder for views in folders}) == 5

@@ -8,7 +8,7 @@ from train_kit import passes, picture, tokens
 
 from mmsearch.errors import InputError
 from mmsearch.evaluate.rows import evaluate_rows
-from mmsearch.testing import tiny_dual_encoder
+from mmsearch.testing import TINY_CONFIG, tiny_dual_encoder
 from mmsearch.train.prefix import FrozenPrefix
 from mmsearch.train.validation import Validation, score_of
 from mmsearch.types import Pair, SkipReason
@@ -36,12 +36,15 @@ def validation_of(pairs, one, *, skipped=None, **options) -> Validation:
     )  # fmt: skip
 
 
+def decoded(pair, model) -> np.ndarray:
+    size = model.config.preprocessing.size
+    return np.array(Image.open(pair.image).resize((size, size), Image.Resampling.BICUBIC))
+
+
 def by_hand(model, pairs):
     """The same evaluation with the model's own two methods, one picture at a time."""
-    size = model.config.preprocessing.size
     with torch.no_grad():
-        squashed = [np.array(Image.open(p.image).resize((size, size), Image.Resampling.BICUBIC)) for p in pairs]
-        images = torch.cat([model.encode_images(torch.from_numpy(one)[None]) for one in squashed])
+        images = torch.cat([model.encode_images(torch.from_numpy(decoded(pair, model))[None]) for pair in pairs])
         texts = model.encode_texts(*tokens([caption for pair in pairs for caption in pair.captions]))
     names = [pair.group for pair in pairs]
     numbers = np.array([names.index(name) for name in names])
@@ -67,13 +70,20 @@ def test_an_evaluation_is_that_of_the_rows_of_the_model(tmp_path):
     assert (found.model, len(validation)) == ("tiny", 5)
 
 
-def test_from_frozen_stages_it_is_the_same(tmp_path):
-    """What is kept between validations are then their outputs."""
-    model, pairs = tiny_dual_encoder(), pairs_of(tmp_path)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_from_frozen_stages_it_is_the_same(mirror, tmp_path):
+    """What is kept between validations are then their outputs, of both mirror images where the model wants both."""
+    config = {**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "mirror": mirror}}
+    model, pairs = tiny_dual_encoder(config), pairs_of(tmp_path)
     one = passes(model, prefix=FrozenPrefix(model.image.backbone, 1))
     validation = validation_of(pairs, one, keep_texts=True)
     assert same(validation.evaluate(name="a"), by_hand(model, pairs))
     assert same(validation.evaluate(name="b"), by_hand(model, pairs))
+    model.eval()
+    with torch.no_grad():
+        rows = model.encode_images(torch.stack([torch.from_numpy(decoded(pair, model)) for pair in pairs])).numpy()
+        found = validation._images()[1]
+    assert np.allclose(found, rows, atol=2e-3)  # kept in half precision
 
 
 def test_it_is_measured_in_evaluation_mode_and_every_mode_comes_back(tmp_path):
