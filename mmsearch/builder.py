@@ -370,4 +370,3 @@ def _derive(store: IndexStore) -> None:
 
     store.update_derived(FaissFlat)
     store.finish()
-

@@ -258,9 +258,7 @@ def embed_images(model: DualEncoder, pooled: Tensor, names: Tensor) -> Tensor:
 
 def batches(splits: list[Split], draw: np.random.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """One epoch: every photo `REPEATS` times, each with a random view and a random caption; and whose it is."""
-    where = [
-        (s, i) for s, split in enumerate(splits) for i in range(len(split.captions)) for _ in range(REPEATS[s])
-    ]
+    where = [(s, i) for s, split in enumerate(splits) for i in range(len(split.captions)) for _ in range(REPEATS[s])]
     order = draw.permutation(len(where))
     for start in range(0, len(where) - BATCH + 1, BATCH):
         part = [where[j] for j in order[start : start + BATCH]]

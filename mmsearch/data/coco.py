@@ -46,9 +46,7 @@ def read_coco(path: str, document: Mapping[str, object], *, on_skip: OnSkip) -> 
         )
 
 
-def _captions(
-    path: str, document: Mapping[str, object], on_skip: OnSkip
-) -> dict[str, list[tuple[int, str]]]:
+def _captions(path: str, document: Mapping[str, object], on_skip: OnSkip) -> dict[str, list[tuple[int, str]]]:
     captions: dict[str, list[tuple[int, str]]] = {}
     entries = document["annotations"]
     for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):

@@ -74,9 +74,7 @@ def _mode(path: str) -> int:
         if os.path.islink(path):
             return 0  # reported when its turn comes
         got = "no such path" if skip_reason(error) is SkipReason.VANISHED else error.strerror or str(error)
-        raise InputError(
-            path, expected="a folder, a picture, or a table", got=got, do="Check the path."
-        ) from None
+        raise InputError(path, expected="a folder, a picture, or a table", got=got, do="Check the path.") from None
     except ValueError as error:
         raise InputError(path, expected="a path", got=str(error)) from None
 

@@ -157,9 +157,7 @@ def _allowed_format(data: bytes, where: str) -> str:
     raise ImageError(where, reason=SkipReason.NOT_AN_IMAGE)
 
 
-def _decode(
-    data: bytes, format: str, limits: Limits, target: int | None, where: str
-) -> tuple[Image.Image, ImageInfo]:
+def _decode(data: bytes, format: str, limits: Limits, target: int | None, where: str) -> tuple[Image.Image, ImageInfo]:
     if format == "HEIF":
         _register_heif(where)
     names = ("JPEG", "MPO") if format == "JPEG" else (format,)

@@ -54,9 +54,7 @@ def main(socket_fd: int, slab_fd: int, *, open_picture: Opener = open_image) -> 
         _serve(lines, memoryview(mmap.mmap(slab_fd, 0)), settings, open_picture)
 
 
-def _serve(
-    lines: io.BufferedRWPair, slab: memoryview, settings: dict[str, Any], open_picture: Opener
-) -> None:
+def _serve(lines: io.BufferedRWPair, slab: memoryview, settings: dict[str, Any], open_picture: Opener) -> None:
     preprocessing = Preprocessing(**settings["preprocessing"])
     limits = Limits(**settings["limits"])
     bytes_each = slot_bytes(preprocessing.size)

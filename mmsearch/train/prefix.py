@@ -175,7 +175,8 @@ class KeptViews:
         made_by: tuple[str, Preprocessing, Augmentation | None],
     ) -> None:
         weights, preprocessing, augmentation = made_by
-        facts: list[Any] = [weights, asdict(preprocessing), asdict(replace(augmentation, word_drop=0.0)) if augmentation else None]
+        seen = asdict(replace(augmentation, word_drop=0.0)) if augmentation else None  # a view has no words
+        facts: list[Any] = [weights, asdict(preprocessing), seen]
         facts.append([[pair.image, *_stamp_of(pair.image), names_a_side(pair.captions)] for pair in pairs])
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()
         self.folder, self._pairs, self.views = folder / digest[:16], pairs, views

@@ -117,7 +117,7 @@ def test_missing_pictures_and_captions_are_reported(tmp_path):
 
 @pytest.mark.parametrize("name", ["dev", "valid", "validation", "VAL", " val "])
 def test_names_of_splits_mean_the_same(tmp_path, name):
-    """"dev" in the file, "val" asked for, and the other way round."""
+    """The split called "dev" in the file, "val" asked for, and the other way round."""
     pictures(tmp_path, "1.jpg")
     (tmp_path / "t.csv").write_text(f"image,caption,split\n1.jpg,a,{name}\n")
     assert read(tmp_path / "t.csv", split="val")[0] == read(tmp_path / "t.csv", split=name)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 
@@ -219,9 +220,9 @@ def test_a_batch_is_of_one_source():
     assert len(found) == batches_in_epoch([1] * len(some), 8, origins=origins) == 5 + 10
     kinds = [{origins[row] for row in batch} for batch in rows(found)]
     assert {len(kind) for kind in kinds} == {1}
-    assert len(set(sum(rows(found), []))) == 5 * 8 + 10 * 8
+    assert len({row for batch in rows(found) for row in batch}) == 5 * 8 + 10 * 8
     firsts = [number for number, kind in enumerate(kinds) if kind == {0}]
-    assert all(2 <= late - early <= 4 for early, late in zip(firsts, firsts[1:], strict=False))
+    assert all(2 <= late - early <= 4 for early, late in itertools.pairwise(firsts))
 
 
 def test_a_source_too_small_for_a_batch_has_one_of_its_own():
