@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mmsearch.builder import build as build
     from mmsearch.encoder import Encoder as Encoder
     from mmsearch.errors import MmsearchError as MmsearchError
+    from mmsearch.matcher import Matcher as Matcher
+    from mmsearch.rerank.reranker import Reranker as Reranker
     from mmsearch.searcher import Searcher as Searcher
     from mmsearch.searcher import find_index as find_index
     from mmsearch.types import BuildReport as BuildReport
@@ -35,6 +37,8 @@ _PUBLIC = {
     "build": "mmsearch.builder",
     "Encoder": "mmsearch.encoder",
     "MmsearchError": "mmsearch.errors",
+    "Matcher": "mmsearch.matcher",
+    "Reranker": "mmsearch.rerank.reranker",
     "Searcher": "mmsearch.searcher",
     "find_index": "mmsearch.searcher",
     "BuildReport": "mmsearch.types",
@@ -51,8 +55,10 @@ __all__ = [
     "Encoder",
     "Hit",
     "Item",
+    "Matcher",
     "MmsearchError",
     "Modality",
+    "Reranker",
     "Searcher",
     "SkipReason",
     "Skipped",

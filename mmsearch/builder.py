@@ -13,6 +13,7 @@ Decisions:
 - A file whose size some indexed file had is hashed before it is decoded: moves and copies cost a read,
   not a pass through the model.
 - Ctrl-C commits what is encoded and then goes on its way as KeyboardInterrupt.
+- Patch tokens are made in a pass of their own, after the index is whole: it can be searched meanwhile.
 - Fused item vectors are a setting of the index, written down only where they are: all rows that stand for items are
   made one way, and an index without the setting is what it always was.
 """
@@ -24,20 +25,25 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mmsearch.data.collection import is_table, read_collection
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
 from mmsearch.data.reading import stamp_of
 from mmsearch.errors import IndexMismatchError, InputError, PartialError, UsageError
 from mmsearch.ingest import Ingest
+from mmsearch.progress import Progress as Progress
+from mmsearch.progress import SilentProgress as SilentProgress
 from mmsearch.store.directory import IndexStore
+from mmsearch.store.tokens import remove_tokens
+from mmsearch.token_fill import keeps_tokens, reranker_of, with_tokens
 from mmsearch.towers.config import no_item_fusion
 from mmsearch.towers.locate import is_directory
 from mmsearch.types import BuildReport, Skipped, SkipReason, Source
 
 if TYPE_CHECKING:
     from mmsearch.encoder import Encodes, JoinsItems
+    from mmsearch.rerank.tokens import ReadsPatches
 
 ITEM_VECTORS = ("separate", "fused")
 """What stands for an item with a picture and texts: the picture's row, or one row made of all of it."""
@@ -47,35 +53,6 @@ FILES = ""
 
 OF_LIMITS = (SkipReason.TOO_LARGE, SkipReason.OUT_OF_MEMORY)
 """Skips that other limits may undo."""
-
-
-class Progress(Protocol):
-    """Told how a build goes on; the command line draws a bar from it."""
-
-    def start(self, total: int | None) -> None:
-        """`total` items were found and are being looked at."""
-        ...
-
-    def advance(self, n: int, *, note: str = "") -> None:
-        """`n` more items are done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """One line the user should read."""
-        ...
-
-
-class SilentProgress:
-    """Says nothing."""
-
-    def start(self, total: int | None) -> None:
-        """Ignore."""
-
-    def advance(self, n: int, *, note: str = "") -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 def build(
@@ -88,6 +65,8 @@ def build(
     include_hidden: bool = False,
     prune: bool = False,
     item_vectors: str | None = None,
+    tokens: bool | None = None,
+    reranker: ReadsPatches | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     limits: Limits | None = None,
@@ -103,6 +82,9 @@ def build(
     `item_vectors`: "separate" or "fused", None means the index's own, for a new index "separate". Fused: each item's
     picture row is made of its picture and its captions, an item of captions alone gets one of those, and all are
     searched as one list of pictures; the model must have an item head (else `ModelError`).
+    `tokens`: keep every picture's patch tokens, so that re-ranking need not look at it again (True also looks for
+    damaged ones), or remove them; None means the index's own, for a new index not. They are made by `reranker`, else by
+    the model's (`ModelError` when it has none).
     `batch_size`: pictures per pass of the model. `workers`: decoding processes (None: one a core).
     `force` goes on with an index of another model or other item vectors (everything is encoded anew) or a damaged one
     (what is damaged is), and tries skipped files again.
@@ -119,13 +101,14 @@ def build(
     if not IndexStore.exists(target):
         _check_not_empty(Scan(given, exclude=exclude, include_hidden=include_hidden))
     name, kind = _model_name(target, model, encoder), _item_vectors(target, item_vectors)
+    reads = (reranker or reranker_of(name, device=device)) if keeps_tokens(target, tokens) else None
     limits = limits or DEFAULT_LIMITS
     if encoder is None:
         from mmsearch.encoder import Encoder
 
         encoder = Encoder.load(name, device=device)
     joins = _joining(encoder) if kind == "fused" else None
-    settings = {"model": name, "limits": asdict(limits), **({} if joins is None else {"item_vectors": kind})}
+    settings = _settings(name, limits, fused=joins is not None, tokens=reads is not None)
     store, retry = _open_store(target, encoder, settings=settings, force=force, told=told)
     with store:
         ingest = Ingest(store, encoder, batch_size=batch_size, workers=workers, limits=limits, told=told, joins=joins)
@@ -136,12 +119,13 @@ def build(
             ingest.close()
         store.compact()
         _derive(store)
-    report = replace(
-        ingest.report(Path(target)),
-        skipped=(*scan.skipped, *ingest.skipped),
-        notes=tuple(ingest.notes),
-        seconds=time.perf_counter() - started,
-    )
+        if tokens is False:
+            remove_tokens(target)
+    report = replace(ingest.report(Path(target)), skipped=(*scan.skipped, *ingest.skipped), notes=tuple(ingest.notes))
+    if reads is not None:
+        thorough = tokens is True
+        report = with_tokens(report, reads, batch_size=batch_size, workers=workers, thorough=thorough, progress=told)
+    report = replace(report, seconds=time.perf_counter() - started)
     if strict:
         _check_complete(report)
     return report
@@ -308,6 +292,12 @@ def _item_vectors(target: str, wanted: str | None) -> str:
 def _kept_item_vectors(settings: Mapping[str, Any]) -> str:
     """An index says so where its item vectors are fused, and nothing where they are not."""
     return "fused" if settings.get("item_vectors") == "fused" else "separate"
+
+
+def _settings(name: str | None, limits: Limits, *, fused: bool, tokens: bool) -> dict[str, Any]:
+    """What the index remembers of how it is made; what is as it always was is not written down."""
+    settings: dict[str, Any] = {"model": name, "limits": asdict(limits)}
+    return settings | ({"item_vectors": "fused"} if fused else {}) | ({"tokens": True} if tokens else {})
 
 
 def _joining(encoder: Encodes) -> JoinsItems:

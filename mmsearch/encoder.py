@@ -175,7 +175,7 @@ class Encoder:
         size = self.preprocessing.size
         rows = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), batch_size):
-            part = [_to_pixels(image, self.preprocessing) for image in images[start : start + batch_size]]
+            part = [to_pixels(image, self.preprocessing) for image in images[start : start + batch_size]]
             pixels = np.stack(part).reshape(-1, size, size, 3)
             found, ok = self.encode_pixels(pixels, batch_size=batch_size)
             _require(ok, what="picture", order=np.arange(start, start + len(part)))
@@ -318,7 +318,11 @@ def _load_pretrained(cls: type[Encoder], directory: Path, choice: Choice, *, nam
     return encoder
 
 
-def _to_pixels(picture: Image | Pixels | os.PathLike[str], preprocessing: Preprocessing) -> Pixels:
+def to_pixels(picture: Image | Pixels | os.PathLike[str], preprocessing: Preprocessing) -> Pixels:
+    """A PIL image, (h, w, 3) uint8 pixels or a path -> (s, s, 3) uint8 as the model wants it, EXIF rotation applied.
+
+    Raises `ImageError` for a file that cannot be read, `UsageError` for anything else.
+    """
     from PIL import Image as Pil
     from PIL import ImageOps
 
@@ -381,4 +385,4 @@ def _out_of_memory(what: str) -> ResourceError:
     return ResourceError(what, expected="enough memory", got="none left", do="Free memory or use a smaller model.")
 
 
-__all__ = ["BUNDLED", "Encoder", "Encodes", "JoinsItems", "fastest_backend"]
+__all__ = ["BUNDLED", "Encoder", "Encodes", "JoinsItems", "fastest_backend", "to_pixels"]

@@ -4,9 +4,10 @@ Decisions:
 - What a query is, is said by the method: `search_text`, `search_image`, `search_vector`. A string is never
   guessed to be a path.
 - The model is loaded with the first query that needs it; opening an index and asking for `info` loads none.
-- Items whose file is not there any more are never shown: the search widens until k hits are there or
-  the index is exhausted, and `notes` of the result say how many were left out.
+- Items whose file is not there any more are never shown (`view`), and `notes` of the result say how many were left out.
 - One generation is searched until `refresh` is called, so that pages of one result list fit together.
+- A second stage is asked for with `rerank`, 0 by default; its modules, the re-ranker and the index's tokens are
+  loaded with the first query that is re-ranked. With "auto" whatever is missing or broken leaves the first stage.
 - `to="any"` merges the picture list and the caption list by reciprocal rank (Cormack, Clarke, Büttcher 2009,
   constant 60): cosines of texts with texts and of texts with pictures are not comparable.
 """
@@ -16,28 +17,29 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
-from mmsearch.errors import IndexMismatchError, IndexNotFoundError, UsageError
-from mmsearch.index.base import NeighbourIndex
-from mmsearch.index.derived import neighbours
+from mmsearch.errors import IndexMismatchError, IndexNotFoundError, MmsearchError, UsageError
+from mmsearch.rerank.rank_fusion import reciprocal_rank_fusion
+from mmsearch.rerank.request import MAX_DEPTH, Rerank, asked_for, no_probabilities
 from mmsearch.similarity import check_embeddings
-from mmsearch.store.base import Located, Snapshot
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import Embeddings, Hit, Modality, ModelIdentity, Preprocessing
+from mmsearch.view import View as View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmsearch.encoder import Encodes
+    from mmsearch.evidence import Reranks
+    from mmsearch.second_stage import SecondStage
     from mmsearch.types import Pixels
 
 TO = ("image", "text", "any")
 MAX_K = 10_000
-RRF_CONSTANT = 60
 
 
 class Hits(Sequence[Hit]):
@@ -64,26 +66,67 @@ class Hits(Sequence[Hit]):
         return f"Hits({list(self._hits)!r}, notes={self.notes!r})"
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One search, checked. `k` of 1..10000, with a depth of re-ranking 1..1000; see `Searcher.search_text`."""
+
+    k: int
+    to: str
+    threshold: float | None
+    rerank: Rerank
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= MAX_K:
+            raise UsageError("k", expected=f"1 to {MAX_K}", got=str(self.k))
+        if self.to not in TO:
+            raise UsageError("to", expected=" or ".join(TO), got=self.to)
+        if self.threshold is not None and not -1.0 <= self.threshold <= 1.0:
+            raise UsageError("threshold", expected="a cosine from -1 to 1", got=str(self.threshold))
+        if self.k > MAX_DEPTH and self.rerank.depth and (self.rerank.needs_probabilities or not self.rerank.is_auto):
+            raise UsageError("k", expected=f"1 to {MAX_DEPTH} hits, re-ranked", got=str(self.k))
+
+
 class Searcher:
     """Answers queries over one index. Thread-safe; a context manager."""
 
-    def __init__(self, store: IndexStore, *, encoder: Encodes | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        store: IndexStore,
+        *,
+        encoder: Encodes | None = None,
+        device: str = "auto",
+        reranker: Reranks | str | os.PathLike[str] | None = None,
+    ) -> None:
         self._store, self._encoder, self._device = store, encoder, device
-        self._lock = threading.Lock()
+        self._reranker_of: str | os.PathLike[str] | None = None
+        self._reranker: Reranks | None = None
+        if isinstance(reranker, str | os.PathLike):
+            self._reranker_of = reranker
+        else:
+            self._reranker = reranker
+        self._lock, self._loading = threading.Lock(), threading.Lock()
         self._view = View(store.snapshot())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, encoder: Encodes | None = None, device: str = "auto") -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        encoder: Encodes | None = None,
+        device: str = "auto",
+        reranker: Reranks | str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Open the index directory at `path`.
 
-        `encoder`: used instead of the model that the index names. Raises `IndexNotFoundError`,
-        `IndexMismatchError` (the encoder's rows cannot be compared with the index's), `IndexDamagedError`.
+        `encoder`: used instead of the model that the index names. `reranker`: one, or the model directory that has
+        it; None: that of the index's model. Raises `IndexNotFoundError`, `IndexMismatchError` (the encoder's rows
+        cannot be compared with the index's), `IndexDamagedError`.
         """
         store = IndexStore.open(os.fspath(path))
         try:
             if encoder is not None:
                 _check_same_space(store.model, encoder.identity, where=os.fspath(path))
-            return cls(store, encoder=encoder, device=device)
+            return cls(store, encoder=encoder, device=device, reranker=reranker)
         except BaseException:
             store.close()
             raise
@@ -139,19 +182,43 @@ class Searcher:
                 self._encoder = loaded
             return self._encoder
 
+    @property
+    def reranker(self) -> Reranks:
+        """The re-ranker of this index's model, loaded on first use.
+
+        Raises `ModelError` when there is none, `IndexMismatchError` when it belongs to other towers.
+        """
+        with self._loading:
+            if self._reranker is None:
+                from mmsearch.rerank.reranker import Reranker
+
+                self._reranker = Reranker.load(self._model_with_reranker(), device=self._device)
+            _check_same_space(self._store.model, self._reranker.towers, where=self._store.path)
+            return self._reranker
+
     def info(self) -> dict[str, Any]:
         """What is in this index: counts, sizes in bytes, model. JSON values."""
         return self._store.info()
 
-    def search_text(self, text: str, *, k: int = 10, to: str = "image", threshold: float | None = None) -> Hits:
+    def search_text(
+        self,
+        text: str,
+        *,
+        k: int = 10,
+        to: str = "image",
+        threshold: float | None = None,
+        rerank: Rerank | int | str = 0,
+    ) -> Hits:
         """The k best hits for a text. `to`: "image", "text" (captions) or "any". `threshold`: lowest cosine kept.
 
-        Raises `UsageError` for an empty text, k outside 1..10000 or an unknown `to`.
+        `rerank`: how many of the best a second stage re-orders, 0..1000, "auto", or a `Rerank` with conditions.
+        Raises `UsageError` for an empty text, k outside 1..10000, an unknown `to` or conditions on probabilities that
+        nobody knows, `ModelError` where a depth is named and the model has no re-ranker.
         """
+        asked = _Asked(k, to, threshold, asked_for(rerank))
         if not text.strip():
             raise UsageError("query", expected="some words", got="an empty text")
-        vectors = self.encoder.encode_texts([text])
-        found = self.search_vector(vectors, k=k, to=to, threshold=threshold)
+        found = self._search(self.encoder.encode_texts([text]), asked, text=text)
         if self.encoder.truncated([text])[0]:
             note = f"the text is longer than {self.encoder.max_tokens} tokens; only its beginning was used"
             return Hits(found, notes=(note, *found.notes))
@@ -164,129 +231,119 @@ class Searcher:
         k: int = 10,
         to: str = "image",
         threshold: float | None = None,
+        rerank: Rerank | int | str = 0,
     ) -> Hits:
         """The k best hits for a picture: a PIL image, (h, w, 3) uint8 pixels, or a `Path`.
 
-        Raises `ImageError` when a file cannot be read, `UsageError` for k or `to`.
+        `rerank`: as for `search_text`; captions can be re-ranked, pictures like a picture cannot.
+        Raises `ImageError` when a file cannot be read, otherwise as `search_text`.
         """
-        return self.search_vector(self.encoder.encode_images([image]), k=k, to=to, threshold=threshold)
+        asked = _Asked(k, to, threshold, asked_for(rerank))
+        pixels = None
+        if asked.rerank.depth and to == "text":
+            from mmsearch.encoder import to_pixels
+
+            image = to_pixels(image, self.preprocessing)  # decoded once: both stages read it
+            pixels = image[None]
+        return self._search(self.encoder.encode_images([image]), asked, pixels=pixels)
 
     def search_vector(
         self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None
     ) -> Hits:
-        """The k best hits for one unit row, (1, d) or (d,), of this index's model."""
-        if not 1 <= k <= MAX_K:
-            raise UsageError("k", expected=f"1 to {MAX_K}", got=str(k))
-        if to not in TO:
-            raise UsageError("to", expected=" or ".join(TO), got=to)
-        if threshold is not None and not -1.0 <= threshold <= 1.0:
-            raise UsageError("threshold", expected="a cosine from -1 to 1", got=str(threshold))
-        query = check_embeddings(vector.reshape(1, -1), dim=self._store.dim, where="query vector")
+        """The k best hits for one unit row, (1, d) or (d,), of this index's model. Never re-ranked: it has no words."""
+        return self._search(vector, _Asked(k, to, threshold, Rerank(0)))
+
+    def _search(
+        self, vector: Embeddings, asked: _Asked, *, text: str | None = None, pixels: Pixels | None = None
+    ) -> Hits:
+        """First stage, and the second where it is asked for and there is one."""
+        row, wish = check_embeddings(vector.reshape(1, -1), dim=self._store.dim, where="query vector"), asked.rerank
+        more: list[str] = []
+        with self._viewing() as view:
+            stage = self._second_stage(view, more, asked=asked) if wish.depth else None
+            if stage is not None:
+                from mmsearch.evidence import Question
+
+                question = Question(row, text, pixels)
+                hits, notes = _first_stage(view, row, asked, width=wish.competing(asked.k))
+                found = stage.reorder(question, hits, snapshot=view.snapshot, to=asked.to, k=asked.k, asked=wish)
+                if found is not None:
+                    return Hits(found.hits, notes=(*notes, *found.notes))
+            hits, notes = _first_stage(view, row, asked, width=asked.k)
+            return Hits(hits, notes=(*notes, *more))
+
+    @contextlib.contextmanager
+    def _viewing(self) -> Iterator[View]:
+        """The current generation, held until its search is over."""
         with self._lock:
             view = self._view
             view.enter()
         try:
-            if to == "any":
-                lists = [view.ranked(query, modality, k, threshold=threshold) for modality in Modality]
-                hits, hidden = _merge_by_rank([found for found, _ in lists], k), sum(h for _, h in lists)
-            else:
-                hits, hidden = view.ranked(query, Modality(to), k, threshold=threshold)
-            notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
-            if to == "text" and not view.snapshot.count(Modality.TEXT):
-                notes.append("this index holds no captions")
+            yield view
         finally:
             view.leave()
-        return Hits(hits, notes=notes)
+
+    def _second_stage(self, view: View, notes: list[str], *, asked: _Asked) -> SecondStage | None:
+        """What re-orders; None where "auto" finds nothing to do it with, and a note where that is no normal state."""
+        wish = asked.rerank
+        may_skip = wish.is_auto and not wish.needs_probabilities
+        if wish.is_auto and not view.has_tokens(self._store.path):
+            if not may_skip:
+                raise no_probabilities("an index without stored tokens")
+            return None
+        if may_skip and (asked.k > MAX_DEPTH or not self._can_rerank()):
+            return None
+        try:
+            reranker = self.reranker
+        except MmsearchError as error:
+            if not may_skip:
+                raise
+            notes.append(f"not re-ranked: {error}")
+            return None
+        from mmsearch.second_stage import SecondStage
+
+        return SecondStage(reranker, self.encoder, view.tokens(self._store.path, reranker.tokens_identity))
+
+    def _can_rerank(self) -> bool:
+        """Whether there is a re-ranker to load; nothing is loaded to find out."""
+        if self._reranker is not None or self._reranker_of is not None:
+            return True
+        from mmsearch.rerank.checkpoint import has_reranker
+        from mmsearch.towers.locate import locate
+
+        try:
+            return has_reranker(locate(self._model_with_reranker())[0])
+        except MmsearchError:
+            return False  # a model that is handed over and lies in no directory
+
+    def _model_with_reranker(self) -> str | Path | None:
+        if self._reranker_of is not None:
+            return Path(self._reranker_of)
+        named = self._encoder.source if self._encoder is not None else self._store.settings.get("model")
+        return None if named is None else str(named)
 
 
-class View:
-    """One generation with its neighbour indexes; closed when it is retired and the last search in it has ended."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-        self._lock = threading.Lock()
-        self._indexes: dict[Modality, NeighbourIndex] = {}
-        self._inside, self._retired = 0, False
-
-    def enter(self) -> None:
-        """A search begins."""
-        with self._lock:
-            if self._retired:
-                raise UsageError("Searcher", expected="an open one", got="a closed one")
-            self._inside += 1
-
-    def leave(self) -> None:
-        """A search has ended."""
-        with self._lock:
-            self._inside -= 1
-            self._close_when_empty()
-
-    def retire(self) -> None:
-        """No search will begin here any more."""
-        with self._lock:
-            self._retired = True
-            self._close_when_empty()
-
-    def _close_when_empty(self) -> None:
-        if self._retired and not self._inside:
-            self._indexes.clear()
-            self.snapshot.close()
-
-    def _index(self, modality: Modality) -> NeighbourIndex:
-        with self._lock:
-            if modality not in self._indexes:
-                self._indexes[modality] = neighbours(self.snapshot, modality)
-            return self._indexes[modality]
-
-    def ranked(
-        self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None
-    ) -> tuple[list[Hit], int]:
-        """Hits of one modality whose files are there, and how many were left out because theirs are not."""
-        index, available = self._index(modality), self.snapshot.count(modality)
-        width = min(k + 8, available)
-        while width:
-            scores, rows = index.search(query, width)
-            kept = [(float(s), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0]
-            if threshold is not None:
-                kept = [(score, row) for score, row in kept if score >= threshold]
-            located = self.snapshot.locate([row for _, row in kept])
-            hits, hidden = _present(located, [score for score, _ in kept], k, os.path.lexists)
-            if len(hits) >= k or width >= available or len(kept) < width:
-                return hits, hidden
-            width = min(width * 4, available)
-        return [], 0
-
-
-def _present(
-    located: list[Located], scores: list[float], k: int, exists: Callable[[str], bool]
-) -> tuple[list[Hit], int]:
-    hits: list[Hit] = []
-    hidden = 0
-    for one, score in zip(located, scores, strict=True):
-        if len(hits) == k:
-            break
-        if one.item.path is not None and not exists(one.item.path):
-            hidden += 1
-            continue
-        hits.append(Hit(len(hits) + 1, score, one.item, one.modality, one.caption))
-    return hits, hidden
+def _first_stage(view: View, row: Embeddings, asked: _Asked, *, width: int) -> tuple[list[Hit], list[str]]:
+    """The `width` best hits by cosine, and notes."""
+    if asked.to == "any":
+        lists = [view.ranked(row, modality, width, threshold=asked.threshold) for modality in Modality]
+        hits, hidden = _merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
+    else:
+        hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold)
+    notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
+    if asked.to == "text" and not view.snapshot.count(Modality.TEXT):
+        notes.append("this index holds no captions")
+    return hits, notes
 
 
 def _merge_by_rank(lists: list[list[Hit]], k: int) -> list[Hit]:
-    """Reciprocal rank fusion by item: each list adds 1 / (60 + rank of the item's best hit)."""
-    total: dict[str, float] = {}
+    """The k best items of several lists by reciprocal rank; each is shown as its best-placed hit."""
     best: dict[str, Hit] = {}
-    for hits in lists:
-        seen: set[str] = set()
-        for hit in hits:
-            if hit.item.id in seen:
-                continue
-            seen.add(hit.item.id)
-            total[hit.item.id] = total.get(hit.item.id, 0.0) + 1.0 / (RRF_CONSTANT + len(seen))
-            if hit.item.id not in best or hit.rank < best[hit.item.id].rank:
-                best[hit.item.id] = hit
-    order = sorted(total, key=lambda item: (-total[item], item))[:k]
-    return [replace(best[item], rank=rank) for rank, item in enumerate(order, 1)]
+    for hit in (hit for hits in lists for hit in hits):
+        if hit.item.id not in best or hit.rank < best[hit.item.id].rank:
+            best[hit.item.id] = hit
+    fused = reciprocal_rank_fusion([hit.item.id for hit in hits] for hits in lists)
+    return [replace(best[item], rank=rank) for rank, (item, _) in enumerate(fused[:k], 1)]
 
 
 def _check_same_space(of_index: ModelIdentity, of_encoder: ModelIdentity, *, where: str) -> None:

@@ -12,16 +12,22 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmsearch.errors import UsageError
+from mmsearch.rerank.calibration import Temperature
+from mmsearch.rerank.config import RerankConfig
+from mmsearch.rerank.cutoff import Cutoff
+from mmsearch.rerank.scores import CASES, Case, Scoring
+from mmsearch.rerank.tokens import Patches, dequantise, quantise
 from mmsearch.similarity import normalise
 from mmsearch.types import Embeddings, ModelIdentity, Pixels, Preprocessing
 
 if TYPE_CHECKING:
+    from mmsearch.rerank.checkpoint import RerankCheckpoint
     from mmsearch.towers.checkpoint import Checkpoint
     from mmsearch.towers.dual_encoder import DualEncoder
 
@@ -51,6 +57,16 @@ TINY_CONFIG: dict[str, Any] = {
     "preprocessing": {"size": 32},
     "text": {"backbone": TINY_TEXT, "projection": {"kind": "residual"}},
     "image": {"backbone": "plain_cnn:8,16", "projection": {"kind": "residual"}, "anchors": {"classes": 5}},
+}
+
+TINY_RERANK: dict[str, Any] = {
+    "patch_dim": 8,
+    "grid": 3,
+    "text_layer": 1,
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "hidden": 8,
 }
 
 
@@ -99,6 +115,122 @@ class ColorEncoder:
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """True for texts of more than `max_tokens` words."""
         return [len(re.findall(r"[a-z]+", text.lower())) > self.max_tokens for text in texts]
+
+
+class GridPatches:
+    """Looks like the part of `Reranker` that reads pictures: a patch token is the mean colour of a cell, 0 to 1.
+
+    `grid` cells a side, p = grid², c = 3. `size`: side of the input in pixels. `name`: another one, another identity.
+    """
+
+    def __init__(self, *, size: int = 16, grid: int = 2, name: str = "grid") -> None:
+        self.preprocessing = Preprocessing(size=size)
+        self.config = RerankConfig(patch_dim=3, grid=grid)
+        self.tokens_identity = f"{name}-{size}-{grid}"
+
+    def read_pixels(self, pixels: Pixels, *, batch_size: int = 32) -> Patches:
+        """(n, s, s, 3) uint8 -> the tokens of n pictures. A red one's are all (1, 0, 0), up to rounding."""
+        grid, n = self.config.grid, len(pixels)
+        side = self.preprocessing.size // grid
+        cells = pixels[:, : side * grid, : side * grid].reshape(n, grid, side, grid, side, 3)
+        means = cells.mean(axis=(2, 4), dtype=np.float64).reshape(n, grid * grid, 3)  # (n, p, 3)
+        return quantise((means / 255.0).astype(np.float32))
+
+
+class ColorWords(NamedTuple):
+    """Texts as `ColorReranker` reads them: `tokens` (n, t, 8), one axis a colour; `mask` (n, t) int64, 1 for words."""
+
+    tokens: NDArray[np.float32]
+    mask: NDArray[np.int64]
+
+
+class ColorReranker(GridPatches):
+    """Looks like `Reranker`, beside `ColorEncoder`: a text matches a picture that has every colour it names somewhere.
+
+    What a mean colour cannot tell, it can: "red and blue" is the picture with a red and a blue half. Logits run from
+    -8 (a colour is missing, or the text names none) to 8. `cutoff=False`: a re-ranker that was fitted without one.
+    """
+
+    def __init__(self, *, size: int = 16, grid: int = 2, name: str = "color-reranker", cutoff: bool = True) -> None:
+        super().__init__(size=size, grid=grid, name=name)
+        self.identity = self.name = name
+        self.reads_tokens = True
+        self.towers = ColorEncoder(size=size).identity
+        self.scoring = _color_scoring(cutoff=cutoff)
+        self.caption_bank = self.picture_bank = np.empty((0, len(COLORS)), np.float32)
+        self.read = 0
+
+    def read_texts(self, texts: Sequence[str]) -> ColorWords:
+        """(n) texts -> their words, those that name a colour on its axis."""
+        words = [self.words_of(text) for text in texts]
+        longest = max((len(row) for row in words), default=1)
+        tokens, mask = (
+            np.zeros((len(texts), longest, len(COLORS)), np.float32),
+            np.zeros((len(texts), longest), np.int64),
+        )
+        for row, text in enumerate(words):
+            mask[row, : len(text)] = 1
+            for place, word in enumerate(text):
+                tokens[row, place] = [word == color for color in COLORS]
+        return ColorWords(tokens, mask)
+
+    def words_of(self, text: str) -> list[str]:
+        """The words of a text; known value: "A red car" -> a, red, car."""
+        return re.findall(r"[a-z]+", text.lower())[:16] or ["?"]
+
+    def read_pixels(self, pixels: Pixels, *, batch_size: int = 32) -> Patches:
+        """As `GridPatches`; `read` counts the pictures."""
+        self.read += len(pixels)
+        return super().read_pixels(pixels, batch_size=batch_size)
+
+    def logits(
+        self,
+        words: ColorWords,
+        text_rows: Embeddings,
+        patches: Patches,
+        image_rows: Embeddings,
+        *,
+        pairs: NDArray[np.int64],
+        batch_size: int = 64,
+    ) -> NDArray[np.float32]:
+        """(m, 2) pairs of (text, picture) -> (m,): 16 times the least seen of the colours named, less 8."""
+        seen = _seen(patches).max(axis=1)  # (n, p, 8) -> (n, 8)
+        found = np.full(len(pairs), -8.0, np.float32)
+        for row, (text, picture) in enumerate(pairs.tolist()):
+            named = words.tokens[text].any(axis=0)  # (8,)
+            if named.any():
+                found[row] = 16.0 * seen[picture][named].min() - 8.0
+        return found
+
+    def attention(
+        self, words: ColorWords, text_rows: Embeddings, patches: Patches, image_rows: Embeddings
+    ) -> NDArray[np.float32]:
+        """(t, p): a colour looks at the patches that have it, another word at all of them alike."""
+        looks = words.tokens[0] @ _seen(patches)[0].T + 1e-4  # (t, 8) x (8, p)
+        shares: NDArray[np.float32] = (looks / looks.sum(axis=1, keepdims=True)).astype(np.float32)
+        return shares
+
+
+def _seen(patches: Patches) -> NDArray[np.float32]:
+    """(n, p, 3) mean colours, 0 to 1 -> (n, p, 8) nearness to each named colour, 1 for the colour itself."""
+    named = np.array(list(COLORS.values()), np.float32) / 255.0
+    distance = np.linalg.norm(dequantise(patches)[:, :, None] - named, axis=3)
+    seen: NDArray[np.float32] = np.exp(-_SHARPNESS * distance)
+    return seen
+
+
+def _color_scoring(*, cutoff: bool) -> Scoring:
+    """Evenly odd at logit + cosine = 0.5, or at half a cosine with a text; present: the best hit is even or better."""
+    even = Temperature(1.0)
+    return Scoring(
+        {
+            "both": Case((0.0,) * 4, (1.0,) * 4, (1.0, 1.0, 4.0, 0.0), -2.0, even, None),
+            "picture": Case((0.0,) * 3, (1.0,) * 3, (1.0, 1.0, 0.0), -0.5, even, None),
+            "text": Case((0.5,), (1.0,), (8.0,), 0.0, even, None),
+            "cosine": Case((0.5, 0.0), (1.0, 1.0), (8.0, 0.0), 0.0, even, None),
+        },
+        Cutoff((0.0,) * 3, (1.0,) * 3, (1.0, 0.0, 0.0), 0.0, 4.0, 64, 1.0, 1.0) if cutoff else None,
+    )
 
 
 def _mean_color(image: Any) -> NDArray[np.float64]:  # noqa: ANN401 - picture, pixels or path
@@ -171,6 +303,45 @@ def tiny_checkpoint(
         quantise_embeddings=quantise,
         graphs=graphs,
     )
+
+
+def tiny_reranker(
+    directory: Path,
+    *,
+    fusion: str = "cross-attention",
+    config: dict[str, Any] | None = None,
+    graphs: bool = False,
+    seed: int = 0,
+    **settings: Any,  # noqa: ANN401 - of a RerankConfig
+) -> RerankCheckpoint:
+    """Write a tiny checkpoint with a re-ranker beside its towers; `graphs=True` takes some seconds more.
+
+    `config`: of the towers, as for `tiny_checkpoint`; `settings`: instead of those of `TINY_RERANK`. Random weights
+    whose logits differ from pair to pair. The final score of a picture is 4 · cosine + logit, of a text 4 · cosine.
+    """
+    import torch
+
+    from mmsearch.rerank.checkpoint import save_reranker
+    from mmsearch.rerank.model import RerankModel
+    from mmsearch.towers.checkpoint import load_dual_encoder
+
+    towers = load_dual_encoder(tiny_checkpoint(directory, config=config, graphs=graphs, seed=seed))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = RerankModel(RerankConfig(**{**TINY_RERANK, "fusion": fusion, **settings}), towers).eval()
+        for parameter in model.parameters():
+            if not parameter.any():  # what starts at zero would say the same of every pair
+                parameter.normal_(std=0.3)
+        for bank in (model.caption_bank, model.picture_bank):
+            bank.copy_(torch.nn.functional.normalize(torch.randn_like(bank), dim=-1))
+    weights, even = {"cosine": 4.0, "text_cosine": 4.0, "logit": 1.0}, Temperature(1.0)
+    cases = {
+        name: Case(
+            (0.0,) * len(parts), (1.0,) * len(parts), tuple(weights.get(part, 0.0) for part in parts), 0.0, even, None
+        )
+        for name, parts in CASES.items()
+    }
+    return save_reranker(model, directory, name="tiny", scoring_json=Scoring(cases).to_json(), graphs=graphs)
 
 
 def tiny_transformers_directory(directory: Path, *, kind: str) -> Path:

@@ -30,6 +30,7 @@ Metadata: TypeAlias = Mapping[str, Any]
 """JSON values by name."""
 
 NO_METADATA: Metadata = MappingProxyType({})
+NO_PARTS: Mapping[str, float] = MappingProxyType({})
 
 
 class Modality(StrEnum):
@@ -119,13 +120,20 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result. `score`: cosine in [-1, 1], higher is better. `caption`: the text that matched, if one did."""
+    """One search result. `caption`: the text that matched, if one did.
+
+    `score`, higher is better: the cosine in [-1, 1] of the first stage; of a re-ranked hit its `probability` in (0, 1),
+    calibrated. All hits of one list have the same kind of score. `parts`: what a re-ranked hit's probability is made
+    of, by name: `cosine` (of the first stage) and what else there was, see `second_stage`.
+    """
 
     rank: int
     score: float
     item: Item
     modality: Modality
     caption: str | None = None
+    probability: float | None = None
+    parts: Mapping[str, float] = field(default_factory=lambda: NO_PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +173,10 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What one build did. Counts are items; `seconds` is wall time; `images_per_s` counts encoded pictures."""
+    """What one build did. Counts are items; `seconds` is wall time; `images_per_s` counts encoded pictures.
+
+    `tokens`: pictures whose patch tokens were made.
+    """
 
     index: Path
     added: int = 0
@@ -175,6 +186,7 @@ class BuildReport:
     removed: int = 0
     encoded_images: int = 0
     encoded_texts: int = 0
+    tokens: int = 0
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0

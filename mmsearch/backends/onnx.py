@@ -27,39 +27,47 @@ if TYPE_CHECKING:
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory")
 
 
+class Sessions:
+    """Graphs of `directory`, each opened when it is first run. Thread-safe."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def run(self, graph: str, feeds: dict[str, Any], *, threads: int) -> list[NDArray[np.float32]]:
+        """Outputs of the graph in the file named `graph`, in its order. `threads`: of the session that is opened now.
+
+        Raises `MemoryError` when a batch does not fit, `ModelError` for a graph that cannot be opened.
+        """
+        with self._lock:
+            if graph not in self._open:
+                self._open[graph] = open_session(self._directory / graph, threads=threads)
+            session = self._open[graph]
+        try:
+            found: list[NDArray[np.float32]] = session.run(None, feeds)
+        except Exception as error:
+            if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+                raise MemoryError(str(error)[:200]) from error
+            raise
+        return found
+
+
 class OnnxBackend:
     """Runs text.onnx and image.onnx of `directory`. `threads`: for pictures, None means every core allowed."""
 
     name, device, precision = "onnx", "cpu", "fp32"
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
-        self._directory, self._threads = directory, threads
-        self._sessions: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._sessions, self._threads = Sessions(directory), threads
 
     def encode_tokens(self, ids: Tokens, mask: Tokens) -> NDArray[np.float32]:
         """(b, t) int64, (b, t) of 0/1 -> (b, d) float32."""
-        return self._run(TEXT_GRAPH, {"ids": ids, "mask": mask}, threads=self._threads or 1)
+        return self._sessions.run(TEXT_GRAPH, {"ids": ids, "mask": mask}, threads=self._threads or 1)[0]
 
     def encode_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
         """(b, s, s, 3) uint8 -> (b, d) float32."""
-        return self._run(IMAGE_GRAPH, {"pixels": pixels}, threads=self._threads or _cores())
-
-    def _run(self, graph: str, feeds: dict[str, Any], *, threads: int) -> NDArray[np.float32]:
-        session = self._session(graph, threads=threads)
-        try:
-            rows: NDArray[np.float32] = session.run(None, feeds)[0]
-        except Exception as error:
-            if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
-                raise MemoryError(str(error)[:200]) from error
-            raise
-        return rows
-
-    def _session(self, graph: str, *, threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
-        with self._lock:
-            if graph not in self._sessions:
-                self._sessions[graph] = open_session(self._directory / graph, threads=threads)
-            return self._sessions[graph]
+        return self._sessions.run(IMAGE_GRAPH, {"pixels": pixels}, threads=self._threads or cores())[0]
 
 
 def open_session(graph: Path, *, threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
@@ -80,5 +88,6 @@ def open_session(graph: Path, *, threads: int) -> Any:  # noqa: ANN401 - onnxrun
         ) from error
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

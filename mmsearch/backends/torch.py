@@ -9,7 +9,9 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,16 +72,9 @@ class TorchBackend:
 
     def _run(self, encode: Any, arrays: tuple[Any, ...], *, half: bool) -> NDArray[np.float32]:  # noqa: ANN401 - a bound method of the model
         kind = torch.device(self.device).type
-        try:
-            with self._lock, torch.inference_mode(), torch.autocast(kind, dtype=self._half(), enabled=half):
-                rows: NDArray[np.float32] = encode(*map(self._send, arrays)).float().cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error)[:200]) from error
-        except RuntimeError as error:
-            if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
-                raise MemoryError(str(error)[:200]) from error
-            raise
+        autocast = torch.autocast(kind, dtype=self._half(), enabled=half)
+        with memory_errors(), self._lock, torch.inference_mode(), autocast:
+            rows: NDArray[np.float32] = encode(*map(self._send, arrays)).float().cpu().numpy()
         return rows
 
     def _half(self) -> torch.dtype:
@@ -90,6 +85,20 @@ class TorchBackend:
         if self.device == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch raises when memory runs out, on the CPU or a GPU, leaves as a `MemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise MemoryError(str(error)[:200]) from error
+    except RuntimeError as error:
+        if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+            raise MemoryError(str(error)[:200]) from error
+        raise
 
 
 def pick_device(device: str) -> str:

@@ -22,6 +22,7 @@ from mmsearch.cli.eval import evaluate
 from mmsearch.cli.index import index
 from mmsearch.cli.info import info
 from mmsearch.cli.library import Library
+from mmsearch.cli.match import match
 from mmsearch.cli.models import models
 from mmsearch.cli.query import query
 from mmsearch.cli.train import train
@@ -30,6 +31,7 @@ from mmsearch.cli.verify import verify
 VERBS: Mapping[str, Callable[..., None]] = {
     "index": index,
     "query": query,
+    "match": match,
     "info": info,
     "verify": verify,
     "models": models,

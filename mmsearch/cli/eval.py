@@ -57,7 +57,7 @@ def evaluate(
     ] = None,
     rerank: Annotated[
         int,
-        typer.Option("--rerank", min=0, metavar="N", help="Hits that a second stage reorders (0: none)."),
+        typer.Option("--rerank", min=0, metavar="N", help="What re-ranking the best N of each list changes (0: none)."),
     ] = 0,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N pictures (of each class).")
@@ -70,12 +70,19 @@ def evaluate(
     """Measure how well captions and pictures find each other, or how often pictures get the right class name."""
     if (pairs is None) == (classes is None):
         raise UsageError("eval", expected="PAIRS or --classes FOLDER", got="neither" if pairs is None else "both")
-    _check(of_classes=classes is not None, split=split, templates=templates, exclude=exclude, rerank=rerank)
+    _check(of_classes=classes is not None, split=split, templates=templates, exclude=exclude)
+    _check_rerank(rerank, of_classes=classes is not None, compare=compare)
     asked = {"split": split} if classes is None else {"templates": templates, "exclude": exclude or []}
+    found: Evaluation | Classification
+    parts: Sequence[Shown]
     with Bar("encoding", unit="items") as bar:
         shared = {"limit": limit, "batch_size": batch_size or 64, "workers": workers, "device": device.value}
         settings = {**shared, **asked, "progress": bar}
-        found, parts = _measured(ctx.obj, pairs, classes, model=model, against=compare, settings=settings)
+        if rerank:
+            both = ctx.obj.evaluate_stages(pairs, model=model, depth=rerank, **settings)
+            found, parts = both.after, (both.before, both.after, both)
+        else:
+            found, parts = _measured(ctx.obj, pairs, classes, model=model, against=compare, settings=settings)
     if json:
         emit(as_json(parts[-1].to_json()))
     else:
@@ -121,12 +128,16 @@ def notes(found: Evaluation | Classification) -> Iterator[str]:
         yield f"skipped {count}, the first: {first.path}: {first.reason} {first.detail}"
 
 
-def _check(
-    *, of_classes: bool, split: str | None, templates: Path | None, exclude: list[str] | None, rerank: int
-) -> None:
+def _check_rerank(rerank: int, *, of_classes: bool, compare: str | None) -> None:
+    if rerank and of_classes:
+        raise UsageError("--rerank", expected="PAIRS beside it", got="--classes")
+    if rerank and compare is not None:
+        do = "Measure the two models one after the other."
+        raise UsageError("--rerank", expected="one model, without and with its second stage", got="--compare", do=do)
+
+
+def _check(*, of_classes: bool, split: str | None, templates: Path | None, exclude: list[str] | None) -> None:
     """What does not go together, known before a model is loaded."""
-    if rerank:
-        raise UsageError("--rerank", expected="0", got=str(rerank), do="This model has no re-ranker: leave it out.")
     if not of_classes and (templates is not None or exclude):
         option = "--exclude" if templates is None else "--templates"
         raise UsageError(option, expected="--classes FOLDER beside it", got="PAIRS")

@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmsearch.encoder import Encoder
+    from mmsearch.encoder import Encoder, Encodes
     from mmsearch.evaluate.classification import Classification
     from mmsearch.evaluate.comparison import Comparison
     from mmsearch.evaluate.report import Evaluation
+    from mmsearch.evidence import Reranks
+    from mmsearch.explain import Explanation
+    from mmsearch.matcher import Matcher
     from mmsearch.searcher import Searcher
     from mmsearch.store import Problem
+    from mmsearch.train.rerank_run import RerankReport
     from mmsearch.train.run import TrainReport
-    from mmsearch.types import BuildReport
+    from mmsearch.types import BuildReport, Hit
 
 
 class Library:
-    """What the commands call. `encoder`: used by all of them instead of loading a model."""
+    """What the commands call. `encoder`, `reranker`: used by all of them instead of loading a model's."""
 
-    def __init__(self, encoder: Encoder | None = None) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder | None = None, reranker: Reranks | None = None) -> None:
+        self._encoder, self._reranker = encoder, reranker
 
     def build(
         self,
@@ -44,13 +48,33 @@ class Library:
 
         limits = Limits() if max_pixels is None else Limits(max_pixels=max_pixels)
         given = {name: value for name, value in options.items() if value is not None}
-        return build(paths, out, encoder=self._encoder, limits=limits, **given)
+        return build(paths, out, encoder=self._encoder, reranker=self._reranker, limits=limits, **given)
 
-    def open(self, path: Path, *, device: str) -> Searcher:
-        """`mmsearch.searcher.Searcher.open`."""
+    def open(self, path: Path, *, device: str, reranker: Path | None = None) -> Searcher:
+        """`mmsearch.searcher.Searcher.open`; `reranker`: the model directory that has it."""
         from mmsearch.searcher import Searcher
 
-        return Searcher.open(path, encoder=self._encoder, device=device)
+        return Searcher.open(path, encoder=self._encoder, device=device, reranker=reranker or self._reranker)
+
+    def explain(self, searcher: Searcher, hit: Hit, *, text: str | None, picture: str | None) -> Explanation:
+        """`mmsearch.explain.explain` with the models of a searcher."""
+        from mmsearch.explain import explain
+
+        return explain(hit, reranker=searcher.reranker, encoder=searcher.encoder, text=text, picture=picture)
+
+    def draw(self, searcher: Searcher, explanation: Explanation, target: Path) -> bool:
+        """`mmsearch.explain.draw`."""
+        from mmsearch.explain import draw
+
+        return draw(explanation, target, preprocessing=searcher.preprocessing)
+
+    def matcher(self, model: str | None, *, device: str) -> Matcher:
+        """`mmsearch.matcher.Matcher.load`."""
+        from mmsearch.matcher import Matcher
+
+        if self._encoder is not None and self._reranker is not None:
+            return Matcher(self._encoder, self._reranker)
+        return Matcher.load(model, device=device)
 
     def find_index(self, home: Path) -> Path:
         """The most recently updated index under `home`."""
@@ -73,14 +97,16 @@ class Library:
         recipe: Path | None,
         given: Mapping[str, Any],
         assignments: Sequence[str],
+        stage: str = "towers",
         **options: Any,  # noqa: ANN401 - as `train` has them
-    ) -> TrainReport:
-        """`mmsearch.train.run.train` with settings from a recipe, options of the command line and --set."""
+    ) -> TrainReport | RerankReport:
+        """`train.run.train`, or `train.rerank_run.train_reranker`, with settings of recipe, command line and --set."""
+        from mmsearch.train.rerank_run import train_reranker
         from mmsearch.train.run import train
         from mmsearch.train.settings import gathered
 
         settings = gathered(pairs, recipe=recipe, given=given, assignments=assignments)
-        return train(settings, out, **options)
+        return (train_reranker if stage == "rerank" else train)(settings, out, **options)
 
     def verify(self, path: Path) -> list[Problem]:
         """What is wrong with an index, also one that is too damaged to open."""
@@ -115,6 +141,23 @@ class Library:
 
         first, second = (partial(self._load, model, device=device) for model in (before, after))
         return compare_file(pairs, before=first, after=second, **options)
+
+    def evaluate_stages(
+        self,
+        pairs: str,
+        *,
+        model: str | None,
+        device: str,
+        **options: Any,  # noqa: ANN401 - as `evaluate_stages` has them
+    ) -> Comparison[Evaluation]:
+        """`mmsearch.evaluate.rerank_eval.evaluate_stages`."""
+        from mmsearch.evaluate.rerank_eval import evaluate_stages
+
+        def load() -> tuple[Encodes, Reranks]:
+            matcher = self.matcher(model, device=device)
+            return matcher.encoder, matcher.reranker
+
+        return evaluate_stages(pairs, load=load, **options)
 
     def classify(
         self,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmsearch.cli import options
+from mmsearch.cli.explaining import draw_all, explained
 from mmsearch.cli.hits import print_json, print_paths, print_readable
 from mmsearch.cli.places import chosen_index
 from mmsearch.cli.terminal import guarded, say
 from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
+    from mmsearch.rerank.request import Rerank
     from mmsearch.searcher import Hits, Searcher
 
 
@@ -35,18 +38,46 @@ def query(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a hit and line.")] = False,
     paths: Annotated[bool, typer.Option("--filepath-only", "-f", help="Only paths, one a line.")] = False,
     null: Annotated[bool, typer.Option("--null", "-0", help="Only paths, each ended by NUL (for xargs -0).")] = False,
+    rerank: Annotated[
+        str,
+        typer.Option("--rerank", metavar="N", help="How many of the best a second stage re-orders, auto, or off."),
+    ] = "auto",
+    reranker: Annotated[
+        Path | None, typer.Option("--reranker", metavar="DIR", help="The model that has it [default: the index's].")
+    ] = None,
+    min_probability: Annotated[
+        float | None,
+        typer.Option("--min-probability", metavar="P", help="Only hits this probable or more (0 to 1)."),
+    ] = None,
+    cut: Annotated[bool, typer.Option("--auto", help="Show nothing where nothing matches.")] = False,
+    budget_ms: Annotated[
+        float | None, typer.Option("--budget-ms", metavar="MS", help="Time for the second stage; it picks the depth.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what the scores are made of.")] = False,
+    explain_to: Annotated[
+        Path | None, typer.Option("--explain-to", metavar="FOLDER", help="Also draw which word looks where.")
+    ] = None,
     device: options.OnDevice = options.Device.AUTO,
 ) -> None:
     """Find pictures or captions, by words or by a picture."""
     _check(text, image, threshold)
-    with ctx.obj.open(chosen_index(index, ctx.obj), device=device.value) as searcher:
-        hits = _search(searcher, text, image, k=top, to=to.value, threshold=threshold)
+    wish = _wish(rerank, min_probability=min_probability, cut="auto" if cut else None, budget_ms=budget_ms)
+    more: list[dict[str, Any]] = []
+    named = {} if reranker is None else {"reranker": reranker}
+    with ctx.obj.open(chosen_index(index, ctx.obj), device=device.value, **named) as searcher:
+        hits = _search(searcher, text, image, k=top, to=to.value, threshold=threshold, rerank=wish)
+        if explain or explain_to is not None:
+            why = [ctx.obj.explain(searcher, hit, text=text, picture=image) for hit in hits]
+            drawn = draw_all(why, hits, explain_to, draw=partial(ctx.obj.draw, searcher))
+            more = [{"explain": one.to_json(), "heat_map": path} for one, path in zip(why, drawn, strict=True)]
     if json:
-        print_json(hits)
+        print_json(hits, more=more)
     elif paths or null:
         print_paths(hits, null=null)
     else:
         print_readable(hits)
+    for line in explained(hits, [] if json else more):
+        say(line)
     for note in hits.notes if hits else (*hits.notes, "no hits"):
         say(note)
 
@@ -68,9 +99,19 @@ def _check(text: str | None, image: str | None, threshold: float | None) -> None
         raise UsageError("--threshold", expected="a cosine from -1 to 1", got=str(threshold))
 
 
+def _wish(rerank: str, **conditions: Any) -> Rerank:  # noqa: ANN401 - as `Rerank` has them
+    """What is asked of the second stage; `UsageError` for what it cannot be asked."""
+    from mmsearch.rerank.request import Rerank, depth_of
+
+    return Rerank(depth_of(rerank), **conditions)
+
+
 def _search(
-    searcher: Searcher, text: str | None, image: str | None, *, k: int, to: str, threshold: float | None
+    searcher: Searcher,
+    text: str | None,
+    image: str | None,
+    **asked: Any,  # noqa: ANN401 - as `search_text` has them
 ) -> Hits:
     if image is not None:
-        return searcher.search_image(Path(image), k=k, to=to, threshold=threshold)
-    return searcher.search_text(text or "", k=k, to=to, threshold=threshold)
+        return searcher.search_image(Path(image), **asked)
+    return searcher.search_text(text or "", **asked)

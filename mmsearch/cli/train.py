@@ -16,8 +16,10 @@ from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mmsearch.train.item_validation import ItemHits
+    from mmsearch.train.rerank_run import RerankReport
     from mmsearch.train.run import TrainReport
 
+TOWERS, RERANK = "towers", "rerank"
 RESUME = "interrupted: what was done is kept. Run the same command again to go on where it stopped."
 
 
@@ -32,6 +34,17 @@ Start = Annotated[
 ]
 Recipe = Annotated[
     Path | None, typer.Option("--recipe", help="Settings in TOML; options below replace them.", metavar="FILE")
+]
+Stage = Annotated[
+    str, typer.Option("--stage", help="towers, or rerank: a second stage over --model's towers.", metavar="NAME")
+]
+Fusion = Annotated[
+    str | None,
+    typer.Option(
+        "--fusion",
+        help="Of that: concat, weighted, gated, bilinear, late-interaction, cross-attention, single-stream.",
+        metavar="NAME",
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="[default: 10]", min=1, metavar="N")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs in a batch [default: 128].", min=2, metavar="N")]
@@ -78,6 +91,8 @@ def train(
     out: Out = None,
     model: Start = None,
     recipe: Recipe = None,
+    stage: Stage = TOWERS,
+    fusion: Fusion = None,
     epochs: Epochs = None,
     batch_size: Batch = None,
     lr: Rate = None,
@@ -102,26 +117,38 @@ def train(
     """Fine-tune a model on pictures with captions; interrupted, the same command goes on."""
     if out is None:
         raise UsageError("--out", expected="a folder", got="nothing", do="Add --out checkpoints/NAME.")
+    _check_stage(stage, fusion=fusion)
     given = {
-        "start.model": model, "run.epochs": epochs, "run.batch_size": batch_size, "run.lr": lr, "run.chunk": chunk,
+        "start.model": model, "rerank.fusion": fusion, "run.epochs": epochs,
+        "run.batch_size": batch_size, "run.lr": lr, "run.chunk": chunk,
         "run.patience": patience, "run.seed": seed, "run.precision": precision,
         "run.device": None if device == options.Device.AUTO else device.value,
         "data.val_share": val_share, "data.limit": limit, "data.workers": workers, "objective.name": loss,
-        "objective.teacher": teacher, "text.train": _part(tune_text), "image.train": _part(tune_image),
+        ("objective" if stage == TOWERS else "rerank") + ".teacher": teacher,
+        "text.train": _part(tune_text), "image.train": _part(tune_image),
         "text.lora": lora, "image.lora": lora, "augment.enabled": augment,
     }  # fmt: skip
     with Bar("training", unit="steps") as bar:
-        report: TrainReport = ctx.obj.train(
-            pairs or [], out, recipe=recipe, given={k: v for k, v in given.items() if v is not None},
+        report: TrainReport | RerankReport = ctx.obj.train(
+            pairs or [], out, stage=stage, recipe=recipe, given={k: v for k, v in given.items() if v is not None},
             assignments=setting or [], force=force, watcher=bar, environ=os.environ,
         )  # fmt: skip
+    from mmsearch.train.rerank_run import RerankReport  # loaded by now
+
     if os.environ.get("RANK", "0") != "0":
         return None  # under torchrun the first process speaks for all
     if json:
         return emit(as_json(report.to_json()))
-    for line in _lines(report):
+    for line in _rerank_lines(report) if isinstance(report, RerankReport) else _lines(report):
         emit(line)
     return None
+
+
+def _check_stage(stage: str, *, fusion: str | None) -> None:
+    if stage not in (TOWERS, RERANK):
+        raise UsageError("--stage", expected=f"{TOWERS} or {RERANK}", got=repr(stage))
+    if fusion is not None and stage != RERANK:
+        raise UsageError("--fusion", expected="--stage rerank beside it", got=f"--stage {stage}")
 
 
 def _part(text: str | None) -> str | int | None:
@@ -141,6 +168,25 @@ def _lines(report: TrainReport) -> Iterator[str]:
         yield f"The model holds {100 * report.share:.0f} % of the new weights and the rest of the old (WiSE-FT)."
     folder = report.checkpoint.parent
     yield f"checkpoint: {folder}  (curves: {folder / 'curves.png'}, settings: {folder / 'settings.json'})"
+
+
+def _rerank_lines(report: RerankReport) -> Iterator[str]:
+    yield (
+        f"{report.fusion}, {report.parameters / 1e6:.1f} M parameters: {plural(report.pairs, 'picture')} trained on, "
+        f"{report.held_out} held out, {plural(report.steps, 'step')} (best epoch: {report.best_epoch}), "
+        f"{report.seconds:.0f} s"
+    )
+    if report.comparison is not None:
+        yield from report.comparison.lines()
+    if report.matching is not None:
+        yield from report.matching.lines()
+    if (cutoff := report.scoring.cutoff) is not None:
+        yield (
+            f"nothing found: {100 * cutoff.kept:.0f} % of the held-out captions are answered with their picture there, "
+            f"{100 * cutoff.rejected:.0f} % are turned away without it"
+        )
+    folder = report.checkpoint.parent
+    yield f"checkpoint: {folder}  (curves: {folder / 'curves.png'}, probabilities: {folder / 'reliability.png'})"
 
 
 def _item_lines(items: ItemHits) -> Iterator[str]:

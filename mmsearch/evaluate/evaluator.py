@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,19 +75,16 @@ def evaluate_file(
     encoder: Encodes,
     split: str | None = None,
     limit: int | None = None,
-    rerank: int = 0,
     workers: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate `encoder` on the pairs in `path`: JSONL, CSV, Karpathy or COCO JSON, a folder with side-cars.
 
-    `split`: only pairs of this split. `limit`: only the first so many pictures. `rerank`: how many hits
-    of the first stage a second one reorders; 0 is the first stage alone. Raises `InputError` where nothing
-    is left to evaluate and `UsageError` for numbers that cannot mean anything.
+    `split`: only pairs of this split. `limit`: only the first so many pictures. The first stage alone; with a second
+    one: `rerank_eval`. Raises `InputError` where nothing is left to evaluate and `UsageError` for numbers that cannot
+    mean anything.
     """
-    if rerank:
-        raise UsageError("--rerank", expected="0", got=str(rerank), do="This model has no re-ranker: leave it out.")
     skipped: list[Skipped] = []
     pairs = read_pairs(str(path), split=split, on_skip=skipped.append)
     with Loader(preprocessing=encoder.preprocessing, workers=workers) as loader:
@@ -115,6 +112,18 @@ def compare_file(
     return compare(first, evaluate_file(path, encoder=after(), progress=told, **options))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Pairs as rows: m captions with their (m, d) `text_rows` and (m,) groups, n pictures with theirs (n, d), (n,)."""
+
+    texts: tuple[str, ...]
+    text_rows: Embeddings
+    image_rows: Embeddings
+    text_groups: Ints
+    image_groups: Ints
+    skipped: tuple[Skipped, ...]
+
+
 def evaluate_pairs(
     pairs: Iterable[Pair],
     *,
@@ -128,34 +137,57 @@ def evaluate_pairs(
 
     Raises `InputError` when no picture with a caption could be read.
     """
-    began, told = time.monotonic(), progress or Silent()
+    began = time.monotonic()
+    encoded = encode_pairs(
+        pairs, encoder=encoder, loader=loader, limit=limit, batch_size=batch_size, progress=progress or Silent()
+    )
+    found = evaluate_rows(
+        encoded.text_rows,
+        encoded.image_rows,
+        text_groups=encoded.text_groups,
+        image_groups=encoded.image_groups,
+        model=encoder.identity.name,
+    )
+    return replace(found, skipped=encoded.skipped, seconds=time.monotonic() - began)
+
+
+def encode_pairs(
+    pairs: Iterable[Pair],
+    *,
+    encoder: Encodes,
+    loader: Loader,
+    limit: int | None = None,
+    batch_size: int = 64,
+    progress: Progress,
+) -> Encoded:
+    """The rows of all pictures that can be read, and of their captions. Raises as `evaluate_pairs`."""
     merged, skipped = _merge(pairs, limit=limit)
     texts_of = [len(pair.captions) for pair in merged]
-    told.start(len(merged) + sum(texts_of))
+    progress.start(len(merged) + sum(texts_of))
     rows: list[Embeddings] = []
     kept: list[int] = []
     paths = [pair.image for pair in merged]
     for keys, embeddings in image_rows(paths, encoder=encoder, loader=loader, batch_size=batch_size, skipped=skipped):
         kept.extend(keys)
         rows.append(embeddings)
-        told.advance(len(keys))
+        progress.advance(len(keys))
     if not kept:
         first = f", the first one {skipped[0].path} ({skipped[0].reason})" if skipped else ""
         raise InputError(
             "pairs", expected="at least one readable picture with a caption", got=f"{len(skipped)} skipped{first}"
         )
-    told.advance(len(merged) - len(kept) + sum(texts_of) - sum(texts_of[key] for key in kept))
+    progress.advance(len(merged) - len(kept) + sum(texts_of) - sum(texts_of[key] for key in kept))
     texts = [caption for key in kept for caption in merged[key].captions]
     groups = _numbered([pair.group for pair in merged])  # of all, so that models that skip differently do not match
     image_groups = groups[np.array(kept, np.int64)]
-    found = evaluate_rows(
-        text_rows(texts, encoder=encoder, batch_size=batch_size, progress=told),
+    return Encoded(
+        tuple(texts),
+        text_rows(texts, encoder=encoder, batch_size=batch_size, progress=progress),
         np.concatenate(rows),
-        text_groups=np.repeat(image_groups, [texts_of[key] for key in kept]),
-        image_groups=image_groups,
-        model=encoder.identity.name,
+        np.repeat(image_groups, [texts_of[key] for key in kept]),
+        image_groups,
+        tuple(skipped),
     )
-    return replace(found, skipped=tuple(skipped), seconds=time.monotonic() - began)
 
 
 def _merge(pairs: Iterable[Pair], *, limit: int | None) -> tuple[list[Pair], list[Skipped]]:

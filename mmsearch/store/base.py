@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmsearch.errors import UsageError
+from mmsearch.store.derived import Derived as Derived
+from mmsearch.store.derived import DerivedWriter as DerivedWriter
 from mmsearch.types import (
     NO_METADATA,
     Embeddings,
@@ -185,37 +187,6 @@ class Located:
     caption: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """A derived file as the manifest records it.
-
-    `file` is relative to the index directory. It holds one entry for each row of `modality` below
-    `rows` in the vector file `vectors`, `count` of them, in row order, dead rows included.
-    `xxh3`: of the whole file; `ends`: of its first and last 64 KiB.
-    """
-
-    file: str
-    kind: str
-    modality: Modality
-    generation: int
-    vectors: str
-    rows: int
-    count: int
-    size: int
-    xxh3: str
-    ends: str
-
-
-class DerivedWriter(Protocol):
-    """Writes one derived file; `index.faiss.FaissFlat` has one. See `Store.update_derived`."""
-
-    kind: str
-
-    def chunks(self, blocks: Iterable[NDArray[np.float16]], *, dim: int, count: int) -> Iterator[bytes]:
-        """The file's bytes, piece by piece, for `count` unit rows that come in `blocks` of (b, dim) fp16."""
-        ...
-
-
 class Snapshot(Protocol):
     """One consistent generation, whatever writers do meanwhile. Thread-safe; a context manager; close it."""
 
@@ -273,6 +244,17 @@ class Snapshot(Protocol):
 
     def locate(self, rows: Rows | Sequence[int]) -> list[Located]:
         """What rows stand for, in the order asked for (one SQL query). Dead rows raise `UsageError`."""
+        ...
+
+    def content_hashes(self, rows: Rows | Sequence[int]) -> list[bytes | None]:
+        """xxh3_128 (16 bytes) of the picture of each row's item, in the order asked for (one SQL query).
+
+        A caption's row has its item's. None: the item has no picture, or the row is dead.
+        """
+        ...
+
+    def pictures(self) -> Iterator[tuple[bytes, str]]:
+        """(content hash, path) of every item with a picture file, in order of the hash: copies are neighbours."""
         ...
 
     def rows_of(self, item_id: str, modality: Modality) -> Rows:

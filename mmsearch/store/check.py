@@ -13,9 +13,11 @@ from mmsearch.store.disk import REBUILD, REENCODE, os_fault
 from mmsearch.store.manifest import MANIFEST_NAME, REWRITE, Manifest, read_manifest
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import ITEMS_NAME
+from mmsearch.store.tokens import RETOKENISE, TOKENS_NAME, wrong_tokens
 from mmsearch.store.vectors import BYTES_PER_NUMBER, wrong_blocks
 
 REDERIVE = "Searches do without it. Run 'mmsearch index' on this index again: it is written anew."
+SHOWN_NAMES = 3
 _COUNTS = """
 SELECT 'rows of items and dead rows', (SELECT count(*) FROM rows) + (SELECT count(*) FROM dead), ?1
 UNION ALL SELECT 'rows in blocks', (SELECT coalesce(sum(count), 0) FROM blocks), ?1
@@ -91,6 +93,7 @@ def verify(folder: str) -> list[Problem]:
             problems += _database_problems(snapshot)
             problems += _vector_problems(snapshot)
             problems += _derived_problems(folder, snapshot)
+            problems += _token_problems(folder, snapshot)
     except MmsearchError as error:
         problems.append(_problem(folder, error))
     except OSError as error:
@@ -147,6 +150,19 @@ def _derived_problems(folder: str, snapshot: DirectorySnapshot) -> Iterator[Prob
             yield Problem(derived.file, "missing", REDERIVE)
         elif not is_intact(path, derived, thorough=True):
             yield Problem(derived.file, "not the bytes that were written", REDERIVE)
+
+
+def _token_problems(folder: str, snapshot: DirectorySnapshot) -> Iterator[Problem]:
+    try:
+        wrong = set(wrong_tokens(folder))
+    except IndexDamagedError as error:
+        yield Problem(TOKENS_NAME, _problem(folder, error).what, RETOKENISE)
+        return
+    if wrong:
+        names = [path for digest, path in snapshot.pictures() if digest in wrong]
+        shown = names[:SHOWN_NAMES] or [digest.hex() for digest in sorted(wrong)[:SHOWN_NAMES]]
+        rest = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
+        yield Problem(TOKENS_NAME, f"patch tokens that are not those written: {', '.join(shown)}{rest}", RETOKENISE)
 
 
 def live_items(snapshot: DirectorySnapshot) -> dict[str, int]:

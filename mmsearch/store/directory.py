@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Self
 
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, StoreError, UsageError
@@ -23,6 +22,7 @@ from mmsearch.store import check, creation, upkeep
 from mmsearch.store import settings as settings_of
 from mmsearch.store.base import Batch, Change, DerivedWriter, ItemState, Known, Problem
 from mmsearch.store.disk import REBUILD, Disk, os_guard, sqlite_guard
+from mmsearch.store.facts import facts_of
 from mmsearch.store.lock import WriterLock
 from mmsearch.store.manifest import FORMAT, preprocessing_from, read_manifest
 from mmsearch.store.migrations import check_format
@@ -305,30 +305,8 @@ class IndexStore:
 
     def info(self) -> dict[str, Any]:
         """What is in the index: JSON values, sizes in bytes."""
-        with DirectorySnapshot(self.path) as snapshot:
-            roots = snapshot.execute(
-                "SELECT root, count(*), min(path), max(path) FROM items WHERE state = ? GROUP BY root", (ItemState.OK,)
-            )
-            derived = {} if snapshot.manifest is None else snapshot.manifest.derived
-            meta = snapshot.meta
-            return {
-                "path": self.path,
-                "format": FORMAT,
-                "made_by": meta.get("made_by"),
-                "created_at": meta.get("created_at"),
-                "updated_at": meta.get("updated_at"),
-                "generation": snapshot.generation,
-                "model": asdict(self.model),
-                "preprocessing": asdict(self.preprocessing),
-                "settings": dict(self.settings),
-                "vectors": {"file": snapshot.vectors_name, "rows": snapshot.row_count, "dim": snapshot.dim},
-                **check.live_items(snapshot),
-                "roots": {_shown_root(*row[:1], *row[2:]): row[1] for row in roots},
-                "derived": {
-                    name: {"file": one.file, "kind": one.kind, "rows": one.count} for name, one in derived.items()
-                },
-                "bytes": _sizes(self.path),
-            }
+        with self.snapshot() as snapshot:
+            return facts_of(self.path, snapshot)
 
 
 def verify(path: str) -> list[Problem]:
@@ -339,25 +317,8 @@ def verify(path: str) -> list[Problem]:
     return check.verify(path)
 
 
-def _shown_root(root: bytes, first: bytes | None, last: bytes | None) -> str:
-    """A root's name; files that have none are shown by the folder that holds them all."""
-    if root or first is None or last is None:
-        return os.fsdecode(root)
-    return os.fsdecode(os.path.commonpath([os.path.dirname(first), os.path.dirname(last)]))
-
-
 def _json(text: str) -> Any:  # noqa: ANN401 - JSON is what it is
     return json.loads(text)
-
-
-def _sizes(path: str) -> dict[str, int]:
-    sizes = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            full = os.path.join(folder, name)
-            if os.path.isfile(full):
-                sizes[os.path.relpath(full, path)] = os.path.getsize(full)
-    return dict(sorted(sizes.items()))
 
 
 def _bring_up_to_date(path: str, disk: Disk, *, write: bool) -> None:

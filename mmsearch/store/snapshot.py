@@ -206,6 +206,28 @@ class DirectorySnapshot:
             raise IndexDamagedError(self._items, expected=f"caption {part} of {item.id}", got="none", do=REBUILD)
         return Located(row, item, Modality.TEXT, item.captions[part])
 
+    def content_hashes(self, rows: Rows | Sequence[int]) -> list[bytes | None]:
+        """The content hash of each row's item; see `base.Snapshot.content_hashes`."""
+        wanted = [int(row) for row in rows]
+        query = (
+            "SELECT r.row, i.hash FROM json_each(?) AS w JOIN rows AS r ON r.row = w.value"
+            " JOIN items AS i ON i.item = r.item WHERE i.hash IS NOT NULL"
+        )
+        found: dict[int, bytes] = dict(self.execute(query, (json.dumps(sorted(set(wanted))),)))
+        return [found.get(row) for row in wanted]
+
+    def pictures(self) -> Iterator[tuple[bytes, str]]:
+        """(content hash, path) of every item with a picture file, in pages; see `base.Snapshot.pictures`."""
+        query = (
+            "SELECT hash, image, item, path FROM items WHERE hash IS NOT NULL AND image IS NOT NULL"
+            " AND path IS NOT NULL AND state = ? AND (hash, image, item) > (?, ?, ?)"
+            f" ORDER BY hash, image, item LIMIT {_PAGE}"
+        )
+        last: tuple[bytes, int, int] = (b"", -1, -1)
+        while page := self.execute(query, (ItemState.OK, *last)):
+            yield from ((digest, os.fsdecode(path)) for digest, _, _, path in page)
+            last = page[-1][:3]
+
     def rows_of(self, item_id: str, modality: Modality) -> Rows:
         """The rows of one item by its public id, in caption order."""
         query = (

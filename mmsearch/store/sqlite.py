@@ -87,9 +87,13 @@ def writer_connection(path: str) -> sqlite3.Connection:
 
 
 class ReaderConnection:
-    """A read-only connection, whatever the folder allows. `db` is the SQLite connection."""
+    """A read-only connection, whatever the folder allows. `db` is the SQLite connection.
 
-    def __init__(self, path: str) -> None:
+    `without_log`: a log that cannot be read in place is passed over, not copied; the last commits may be missing then.
+    """
+
+    def __init__(self, path: str, *, without_log: bool = False) -> None:
+        self._without_log = without_log
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         self.immutable = False
         try:
@@ -105,7 +109,7 @@ class ReaderConnection:
     def _without_side_files(self, path: str) -> sqlite3.Connection:
         log = path + "-wal"
         with sqlite_guard(path):
-            if not os.path.exists(log) or os.path.getsize(log) == 0:
+            if self._without_log or not os.path.exists(log) or os.path.getsize(log) == 0:
                 self.immutable = True
                 return _read_only(path, "mode=ro&immutable=1")
             try:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ from mmsearch.towers.config import DualEncoderConfig, no_item_fusion
 from mmsearch.types import ModelIdentity, Preprocessing
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mmsearch.towers.dual_encoder import DualEncoder
     from mmsearch.towers.item import ItemFusion
 
@@ -109,9 +111,9 @@ def is_checkpoint(directory: Path) -> bool:
     return _FORMAT_KEY in read_config(directory)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory as plain values; `ModelError` when there is none, or it is not one."""
-    path = directory / CONFIG
+def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """config.json of a model directory (or another JSON file in it) as plain values; `ModelError` when it cannot be."""
+    path = directory / name
     refuse_pickle(directory)
     try:
         if path.stat().st_size > _MAX_CONFIG:
@@ -119,7 +121,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(
-            str(directory), expected="a model directory", got="no config.json", do="`mmsearch models` lists some."
+            str(directory), expected="a model directory", got=f"no {name}", do="`mmsearch models` lists some."
         ) from error
     except OSError as error:
         raise ModelError(str(path), got=error.strerror or str(error)) from error
@@ -187,13 +189,13 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # a half-written directory is never taken for a whole one
         stored = to_stored(model.state_dict(), quantise=tables)
-        _write(folder / WEIGHTS, save(stored, metadata={"format": "pt"}))
-        _write(folder / TOKENIZER, text.encode())
-        _write(folder / CARD, card.encode())
+        write_file(folder / WEIGHTS, save(stored, metadata={"format": "pt"}))
+        write_file(folder / TOKENIZER, text.encode())
+        write_file(folder / CARD, card.encode())
         listed = [WEIGHTS, TOKENIZER, *(_write_graphs(folder, config) if graphs else ())]
         files = {entry: file_checksum(folder / entry) for entry in listed}
         values = {_FORMAT_KEY: FORMAT, "name": name, **config.to_json(), "files": files}
-        _write(folder / CONFIG, json.dumps(values, indent=2).encode() + b"\n")
+        write_file(folder / CONFIG, json.dumps(values, indent=2).encode() + b"\n")
     except OSError as error:
         why = error.strerror or str(error)
         raise ResourceError(str(folder), got=why, do="Free space or choose another folder.") from error
@@ -234,7 +236,7 @@ def _filled(config: DualEncoderConfig, weights: Path) -> DualEncoder:
     from mmsearch.towers.tensors import damaged, from_stored, read_tensors
 
     state = from_stored(read_tensors(weights))
-    _check_shapes(config, state, path=weights)
+    check_shapes(lambda: build_dual_encoder(config), state, path=weights)
     model = build_dual_encoder(config)
     try:
         model.load_state_dict(state)
@@ -248,24 +250,28 @@ def _write_graphs(folder: Path, config: DualEncoderConfig) -> tuple[str, ...]:
     from mmsearch.towers.export import image_graph, text_graph
 
     model = _filled(config, folder / WEIGHTS)
-    _write(folder / TEXT_GRAPH, text_graph(model, folder / WEIGHTS))
-    _write(folder / IMAGE_GRAPH, image_graph(model, folder / WEIGHTS))
+    write_file(folder / TEXT_GRAPH, text_graph(model, folder / WEIGHTS))
+    write_file(folder / IMAGE_GRAPH, image_graph(model, folder / WEIGHTS))
     return TEXT_GRAPH, IMAGE_GRAPH
 
 
-def _check_shapes(config: DualEncoderConfig, state: Mapping[str, Any], *, path: Path) -> None:
-    """Compare shapes with those of a model built on the meta device, before memory is taken for a real one."""
+def check_shapes(build: Callable[[], nn.Module], state: Mapping[str, Any], *, path: Path) -> None:
+    """Compare shapes with those of a model built on the meta device, before memory is taken for a real one.
+
+    `state`: what was read from `path`. Raises `ModelError` naming the first tensor that does not fit.
+    """
     import torch
 
-    from mmsearch.towers.dual_encoder import build_dual_encoder
-
     with torch.device("meta"):
-        wanted = {k: tuple(v.shape) for k, v in build_dual_encoder(config).state_dict().items()}
+        wanted = {k: tuple(v.shape) for k, v in build().state_dict().items()}
     for key in sorted(wanted.keys() | state.keys()):
         got = tuple(state[key].shape) if key in state else None
         if wanted.get(key) != got:
             raise ModelError(
-                f"{path}, {key}", expected=str(wanted.get(key)), got=str(got), do="config.json and weights do not fit."
+                f"{path}, {key}",
+                expected=str(wanted.get(key)),
+                got=str(got),
+                do="The settings and the weights do not fit.",
             )
 
 
@@ -277,8 +283,8 @@ def _same_pixels(own: Preprocessing, given: Preprocessing | None) -> Preprocessi
     return given
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write, fsync and rename into place, so that a name never shows half a file."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write, fsync and rename into place, so that a name never shows half a file; `OSError` when it cannot."""
     draft = path.with_name(path.name + ".draft")
     try:
         with draft.open("wb") as file:

@@ -50,13 +50,23 @@ def initial_dual_encoder(
     return model.eval()
 
 
-def _fill_image(tower: ImageTower, given: Mapping[str, Tensor], *, where: str, ordered: bool) -> None:
-    inner = getattr(tower.backbone, "model", None)
-    backbone = inner if isinstance(inner, nn.Module) else tower.backbone  # as its own library names it
-    wanted = backbone.state_dict()
+def fill_backbone(backbone: nn.Module, weights: str | os.PathLike[str]) -> None:
+    """Fill an image backbone from `weights` (see `sources.read_weights`); `ModelError` when they do not fit."""
+    _fill_module(backbone, read_weights(weights), where=os.fspath(weights), ordered=keeps_order(weights))
+
+
+def _fill_module(backbone: nn.Module, given: Mapping[str, Tensor], *, where: str, ordered: bool) -> set[str]:
+    """Fill it; the names in `given` that were used."""
+    inner = getattr(backbone, "model", None)
+    module = inner if isinstance(inner, nn.Module) else backbone  # as its own library names it
+    wanted = module.state_dict()
     mostly_named = 2 * _prefix(wanted, given)[1] > len(wanted)
     fill = _in_order if ordered and not mostly_named else _by_name
-    used = fill(backbone, given, where=where)
+    return fill(module, given, where=where)
+
+
+def _fill_image(tower: ImageTower, given: Mapping[str, Tensor], *, where: str, ordered: bool) -> None:
+    used = _fill_module(tower.backbone, given, where=where, ordered=ordered)
     if tower.anchors is not None:
         rest = {name: tensor for name, tensor in given.items() if name not in used}
         _fill_classifier(tower.anchors.classifier, rest, where=where)

@@ -85,6 +85,11 @@ class Tokeniser:
         cut = tuple(bool(e.overflowing) or len(text) > self._characters for e, text in zip(encoded, texts, strict=True))
         return Tokens(ids, mask, cut)
 
+    def spelling(self, text: str) -> list[str]:
+        """The tokens of one text as strings, special ones included, padding left out, cut at `max_tokens`."""
+        found = self._tokenizer.encode(self._clean(text))
+        return [token for token, kept in zip(found.tokens, found.attention_mask, strict=True) if kept]
+
     def _clean(self, text: str) -> str:
         if not isinstance(text, str):
             raise UsageError("text", expected="a str", got=type(text).__name__)

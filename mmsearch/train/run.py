@@ -108,10 +108,10 @@ def train(
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     with ExitStack() as stack:
-        stack.enter_context(_resources(folder))
+        stack.enter_context(resources(folder))
         ranks = stack.enter_context(ranks_from(environ or {}, device=str(device)))
         if ranks.is_main:
-            stack.enter_context(_claimed(folder, force=force))
+            stack.enter_context(claimed(folder, force=force))
         else:
             watcher = None  # one rank talks
         ranks.from_main(0.0)  # nobody reads the folder before it is claimed and, with `force`, emptied
@@ -124,8 +124,8 @@ def train(
         for warning in (*examples.warnings, *_about(settings, examples)):
             bench.warn(warning)
         if ranks.is_main:
-            _write_pairs(folder / HELD_OUT, examples.val)
-            _write_json(folder / SETTINGS, settings.to_json())
+            write_pairs(folder / HELD_OUT, examples.val)
+            write_json(folder / SETTINGS, settings.to_json())
         return _trained(bench, stack, started=started)
 
 
@@ -223,8 +223,8 @@ def _finished(
         items=items, warnings=tuple(warnings), skipped=tuple(bench.skipped), seconds=time.monotonic() - started,
     )  # fmt: skip
     if bench.ranks.is_main:
-        _write_json(bench.out / REPORT, report.to_json())
-        _forget(bench.out)
+        write_json(bench.out / REPORT, report.to_json())
+        forget(bench.out)
     return report
 
 
@@ -247,7 +247,7 @@ def _stored(bench: Bench, passes: TowerPass, validation: Validation) -> tuple[Ev
 
 
 @contextmanager
-def _claimed(folder: Path, *, force: bool) -> Iterator[None]:
+def claimed(folder: Path, *, force: bool) -> Iterator[None]:
     """The folder, made and held by this run alone; `UsageError` when a run has ended in it already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def _claimed(folder: Path, *, force: bool) -> Iterator[None]:
                 do="Choose another --out, or add --force.",
             )  # fmt: skip
         if force:
-            _forget(folder)
+            forget(folder)
             (folder / REPORT).unlink(missing_ok=True)
         yield
 
@@ -280,14 +280,14 @@ def _check_ours(folder: Path) -> None:
         )  # fmt: skip
 
 
-def _forget(folder: Path) -> None:
+def forget(folder: Path) -> None:
     """Remove the state of a run, what says that there is one first: half of it must not be gone on with."""
     (folder / RUN / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder / RUN, ignore_errors=True)
 
 
 @contextmanager
-def _resources(folder: Path) -> Iterator[None]:
+def resources(folder: Path) -> Iterator[None]:
     """A full disk and a full memory as `ResourceError`, wherever in a run they are met."""
     try:
         yield
@@ -304,7 +304,7 @@ def _resources(folder: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """The held-out pairs as a table that `mmsearch eval` reads."""
     lines = [
         json.dumps({"image": pair.image, "captions": list(pair.captions), "group": pair.group, "split": "val"})
@@ -315,7 +315,8 @@ def _write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     draft.replace(path)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one rename."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
     draft.replace(path)

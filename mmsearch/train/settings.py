@@ -21,6 +21,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mmsearch.errors import InputError, UsageError
+from mmsearch.rerank.config import FUSIONS
 from mmsearch.train.augment import Augmentation
 from mmsearch.train.examples import DataSource
 from mmsearch.train.losses import Distillation, InfoNce, Matryoshka, build_objective
@@ -132,6 +133,49 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Rerank:
+    """The second stage (`--stage rerank`): a fusion over towers that stay as they are.
+
+    `fusion`: one of `rerank.config.FUSIONS`; `patch_dim`, `grid`, `text_layer` (-1: half of the text tower's layers),
+    `layers` (-1: those above), `width` (0: the text tower's), `hidden`, `dropout`: see `RerankConfig`.
+    `contrast`, `match`: weights of the list loss and of the yes/no loss (ITM). `negatives`: rivals drawn for each text
+    and each picture, 0 for all of the batch, -1 as the fusion can afford; `hardness`: multiplier of the first stage's
+    cosines when they are drawn. `mined`: neighbours of each pair, by the first stage, that are pulled into its batch,
+    up to `mined_share` of it. `teacher`: a model with a re-ranker over the same towers, imitated with `teacher_weight`.
+    `layers_rate`: of the layers taken over from the text tower, as a share of `run.lr`. `bank`: rows of captions and of
+    pictures that say how common a candidate is, 0 for none. `image_train`: last stages of an image backbone of the
+    re-ranker's own that learn too, at `image_rate` of `run.lr`; 0: it reads the tower's. `image_weights`: where that
+    backbone starts, "" as the tower's. `depth`, `val_pictures`, `val_texts`: candidates a query
+    and the most pictures and captions that an epoch is measured on.
+    """
+
+    fusion: str = "late-interaction"
+    patch_dim: int = 384
+    grid: int = 5
+    text_layer: int = -1
+    layers: int = -1
+    width: int = 0
+    hidden: int = 512
+    dropout: float = 0.2
+    contrast: float = 1.0
+    match: float = 0.5
+    negatives: int = -1
+    hardness: float = 20.0
+    mined: int = 0
+    mined_share: float = 0.5
+    teacher: str = ""
+    teacher_weight: float = 1.0
+    layers_rate: float = 0.3
+    bank: int = 8192
+    image_train: int = 0
+    image_weights: str = ""
+    image_rate: float = 0.3
+    depth: int = 64
+    val_pictures: int = 1000
+    val_texts: int = 2000
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSettings:
     """All of it. `sources` come from the command line or from `[[source]]` tables of the recipe."""
 
@@ -143,10 +187,12 @@ class TrainSettings:
     augment: Augmentation | None = field(default_factory=Augmentation)
     objective: Objective = field(default_factory=Objective)
     run: Run = field(default_factory=Run)
+    rerank: Rerank = field(default_factory=Rerank)
 
     def __post_init__(self) -> None:
         _check_run(self.run)
         _check_objective(self.objective)
+        _check_rerank(self.rerank)
         if self.data.workers is not None and self.data.workers < 0:
             raise UsageError("data.workers", expected="0 or more", got=str(self.data.workers))
 
@@ -166,7 +212,9 @@ class TrainSettings:
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_SECTIONS = {"data": Data, "start": Start, "text": Tuning, "image": Tuning, "objective": Objective, "run": Run}
+_SECTIONS = {
+    "data": Data, "start": Start, "text": Tuning, "image": Tuning, "objective": Objective, "run": Run, "rerank": Rerank,
+}  # fmt: skip
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -328,3 +376,21 @@ def _check_objective(objective: Objective) -> None:
     Distillation(objective.teacher_weight, objective.teacher_scale)
     if objective.matryoshka:
         Matryoshka(InfoNce(), objective.matryoshka)
+
+
+def _check_rerank(rerank: Rerank) -> None:
+    if rerank.fusion not in FUSIONS:
+        raise UsageError("rerank.fusion", expected=f"one of {', '.join(FUSIONS)}", got=repr(rerank.fusion)[:60])
+    for name, low, high in (
+        ("patch_dim", 1, 4096), ("grid", 1, 64), ("text_layer", -1, 96), ("layers", -1, 48), ("width", 0, 4096),
+        ("hidden", 1, 65_536), ("dropout", 0.0, 0.95), ("contrast", 0.0, 1000.0), ("match", 0.0, 1000.0),
+        ("negatives", -1, 4096), ("hardness", 0.0, 1000.0), ("mined", 0, 1000), ("mined_share", 0.0, 1.0),
+        ("teacher_weight", 0.0, 1000.0), ("layers_rate", 0.0, 100.0), ("image_train", 0, 1000),
+        ("image_rate", 0.0, 100.0), ("bank", 0, 1 << 20), ("depth", 2, 1000),
+        ("val_pictures", 8, 1 << 20), ("val_texts", 8, 1 << 20),
+    ):  # fmt: skip
+        value = getattr(rerank, name)
+        if not low <= value <= high:
+            raise UsageError(f"rerank.{name}", expected=f"from {low} to {high}", got=str(value))
+    if not rerank.contrast and not rerank.match:
+        raise UsageError("rerank.contrast, rerank.match", expected="one above 0", got="0 and 0")

@@ -36,7 +36,7 @@ from mmsearch.train.step import BatchGradient, StepParts, Taught
 from mmsearch.train.trainer import Workshop
 from mmsearch.train.validation import Validation
 
-_AUTO_VIEWS = 4
+AUTO_VIEWS = 4
 _FILL_BATCH = 64
 
 
@@ -96,7 +96,7 @@ def _objective(settings: TrainSettings, *, dim: int) -> Objective:
 def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed | None:
     """Views kept as outputs of frozen stages, where that is wanted, possible and worth it."""
     settings, model, pairs = bench.settings, bench.start.model, bench.examples.train
-    wanted = settings.run.views if settings.run.views >= 0 else (_AUTO_VIEWS if passes.device.type == "cpu" else 0)
+    wanted = settings.run.views if settings.run.views >= 0 else (AUTO_VIEWS if passes.device.type == "cpu" else 0)
     count = first_trained_stage(model.image, settings.image)
     hindrance = (
         "no first stage of the image backbone is frozen" if not count
@@ -111,7 +111,7 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
     model.eval()
     if not _cut(bench, passes, count=count):
         return None
-    views = _filled(bench, passes, views=1 if settings.augment is None else wanted, count=count)
+    views = filled_views(bench, passes, views=1 if settings.augment is None else wanted, count=count)
     if views is None:
         passes.prefix = passes.compiled = None
         return None
@@ -124,7 +124,8 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
     return KeptFeed(pairs, views, pixels=pixels, augmentation=settings.augment, texts=texts)
 
 
-def _example(size: int) -> Tensor:
+def example_pixels(size: int) -> Tensor:
+    """(2, size, size, 3) uint8, the same each time: to look at shapes with."""
     draw = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=draw)
 
@@ -135,7 +136,7 @@ def _cut(bench: Bench, passes: TowerPass, *, count: int) -> bool:
     prefix, size = _prefix_of(model.image, count), model.config.preprocessing.size
     # What is computed again in the backward pass would be computed in one piece, from outputs taken for pictures.
     again = bench.settings.run.checkpointing and not prefix.pools
-    if again or not prefix.fits(passes.normalised(_example(size)).float()):
+    if again or not prefix.fits(passes.normalised(example_pixels(size)).float()):
         why = "activation checkpointing is on" if again else "the image backbone cannot be cut behind its frozen stages"
         bench.warn(f"views are decoded anew at each step: {why}")
         return False
@@ -146,7 +147,7 @@ def _cut(bench: Bench, passes: TowerPass, *, count: int) -> bool:
     return True
 
 
-def _filled(bench: Bench, passes: TowerPass, *, views: int, count: int) -> KeptViews | None:
+def filled_views(bench: Bench, passes: TowerPass, *, views: int, count: int) -> KeptViews | None:
     """The views, all made; None, with a warning, where nobody asked for them and the disk is too small."""
     settings, pairs, preprocessing = bench.settings, bench.examples.train, passes.model.config.preprocessing
     assert passes.prefix is not None  # for the type checker
@@ -159,7 +160,7 @@ def _filled(bench: Bench, passes: TowerPass, *, views: int, count: int) -> KeptV
         joined_captions(pairs), preprocessing=preprocessing, tokeniser=bench.start.tokeniser(),
         augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
     )  # fmt: skip
-    shape = tuple(passes.prefix_outputs(_example(preprocessing.size)).shape[1:])
+    shape = tuple(passes.prefix_outputs(example_pixels(preprocessing.size)).shape[1:])
     with filler:
         try:
             kept.fill(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from cli_fakes import FakeLibrary, hit
 
+from mmsearch.rerank.request import Rerank
+
 ODD = os.fsdecode(b"/photos/caf\xe9.jpg")
 
 
@@ -22,10 +24,10 @@ def test_words_and_options_reach_the_searcher(mmsearch):
     """Defaults are ten pictures; every option is handed on."""
     library = FakeLibrary()
     mmsearch("query", "a dog", "--index", "i", library=library)
-    assert asked(library) == ("a dog", {"k": 10, "to": "image", "threshold": None})
+    assert asked(library) == ("a dog", {"k": 10, "to": "image", "threshold": None, "rerank": Rerank("auto")})
     library = FakeLibrary()
     mmsearch("query", "a dog", "--index", "i", "-k", "3", "--to", "text", "--threshold", "0.2", library=library)
-    assert asked(library) == ("a dog", {"k": 3, "to": "text", "threshold": 0.2})
+    assert asked(library) == ("a dog", {"k": 3, "to": "text", "threshold": 0.2, "rerank": Rerank("auto")})
 
 
 def test_a_picture_is_a_path_and_words_are_never_guessed_to_be_one(mmsearch, tmp_path):

@@ -68,15 +68,6 @@ def test_eval_prints_a_table_in_per_cent(mmsearch):
     assert "skipped 1 picture, the first: x.jpg: empty file" in ended.err
 
 
-def test_eval_refuses_a_second_stage_that_is_not_there(mmsearch):
-    """--rerank is accepted from the start; more than 0 needs a re-ranker."""
-    library = FakeLibrary()
-    ended = mmsearch("eval", "pairs.jsonl", "--rerank", "50", library=library)
-    assert ended.code == 2
-    assert "re-ranker" in ended.err
-    assert library.calls == []
-
-
 def test_eval_options_reach_the_evaluator(mmsearch):
     """What the user asked for is what the library is told."""
     library = FakeLibrary(facts=evaluation())
@@ -130,7 +121,15 @@ def test_eval_of_class_folders_with_two_models(mmsearch):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "p --classes c", "p --templates t", "p --exclude x", "--classes c --split test", "--classes c --rerank 5"],
+    [
+        "",
+        "p --classes c",
+        "p --templates t",
+        "p --exclude x",
+        "--classes c --split test",
+        "--classes c --rerank 5",
+        "p --rerank 5 --compare m",
+    ],
 )
 def test_eval_refuses_what_does_not_go_together(mmsearch, line):
     """Said before a model is loaded, with exit 2."""

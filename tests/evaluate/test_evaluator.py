@@ -216,12 +216,6 @@ def test_models_that_skip_other_pictures_are_not_compared():
         compare(one, other)
 
 
-def test_a_second_stage_is_refused_until_there_is_one(tmp_path):
-    """Silently ignoring it would report first-stage numbers as re-ranked ones."""
-    with pytest.raises(UsageError, match="rerank"):
-        evaluate_file(tmp_path, encoder=NamesColours(), rerank=10)
-
-
 def test_json_has_plain_numbers_and_the_names_that_were_promised():
     """Shares between 0 and 1, both directions, counts."""
     read = run([pair(colour) for colour in COLOURS]).to_json()

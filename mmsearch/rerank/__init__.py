@@ -1,0 +1,1 @@
+"""The second stage: words and patches read together, a calibrated probability for every pair."""

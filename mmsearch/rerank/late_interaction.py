@@ -1,0 +1,152 @@
+"""Feature level, read apart and compared late: every word with every patch, by similarity alone.
+
+The soft maximum over patches is that of SCAN (Lee et al. 2018, arXiv:1803.08024); a hard one is FILIP (Yao et al. 2021,
+arXiv:2111.07783) and ColBERT (Khattab & Zaharia 2020, arXiv:2004.12832), which this becomes as `log_sharpness` grows.
+
+Decisions:
+- Words get context from `config.layers` layers of text alone (the text backbone's upper ones, `start_from`), at the
+  words' own width; only then are they projected to `config.width`. 0 layers: they are taken as they come.
+- Nothing is computed a pair but the similarities: `pairwise` makes all of them by one product a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmsearch.errors import ModelError
+from mmsearch.rerank.base import Fusion, ImageSide, TextSide
+from mmsearch.rerank.config import RerankConfig
+from mmsearch.rerank.layers import Layer, Logit, PatchInput, blank_masked, copy_layers, cosine, mask_bias
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+_START_SHARPNESS = 10.0
+_START_SCALE = 10.0
+
+
+class _Words(NamedTuple):
+    """Projected words (b, t, w) of unit length, their shares (b, t) summing to 1, `bias` (b, t), pooled unit (b, w)."""
+
+    vectors: Tensor
+    shares: Tensor
+    bias: Tensor
+    pooled: Tensor
+
+    def cut(self, start: int, stop: int) -> _Words:
+        return _Words(*(part[start:stop] for part in self))
+
+
+class _Patches(NamedTuple):
+    """Projected patches (n, p, w) of unit length, their shares (n, p) summing to 1, pooled unit (n, w)."""
+
+    vectors: Tensor
+    shares: Tensor
+    pooled: Tensor
+
+    def cut(self, start: int, stop: int) -> _Patches:
+        return _Patches(*(part[start:stop] for part in self))
+
+
+class LateInteraction(Fusion):
+    """scale · (a · words→patches + b · patches→words + c · pooled) + e · cosine of the rows + bias; a + b + c = 1.
+
+    words→patches: for each word the soft maximum over patches of their cosine, softmax(λ s)·s; words weighted by
+    learned shares. patches→words: the same the other way round. pooled: cosine of both sides' weighted means. λ, the
+    shares, a, b, c are learned; `e` starts at 0. Attention: softmax over patches of λ s.
+    """
+
+    floats_at_once = 1 << 24
+    """How many similarities `pairwise` holds in one piece (64 MiB of float32)."""
+
+    def __init__(self, config: RerankConfig, *, dim: int, text_width: int) -> None:
+        super().__init__(config, dim=dim, text_width=text_width)
+        if config.layers and text_width % config.heads:
+            raise ModelError("re-ranker heads", expected=f"a divisor of {text_width}", got=str(config.heads))
+        dropout = config.dropout
+        self.layers = nn.ModuleList(
+            Layer(text_width, heads=config.heads, dropout=dropout) for _ in range(config.layers)
+        )
+        self.patch_input = PatchInput(config.patch_dim, patches=config.patches, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.word_projection = nn.Linear(text_width, config.width)
+        self.patch_projection = nn.Linear(config.patch_dim, config.width)
+        self.word_share, self.patch_share = Logit(text_width, zero=True), Logit(config.patch_dim, zero=True)
+        self.log_sharpness = nn.Parameter(torch.full((2,), _START_SHARPNESS).log())
+        self.mixture = nn.Parameter(torch.zeros(3))
+        self.scale = nn.Parameter(torch.tensor(_START_SCALE))
+        self.bias, self.cosine_scale = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def match(self, text: TextSide, image: ImageSide) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        words, patches = self._words(text), self._patches(image)
+        similarity = (words.vectors @ patches.vectors.transpose(1, 2)).float()  # (b, t, p)
+        logits, attention = self._score(similarity, words, patches)
+        return logits + self.cosine_scale * cosine(text.rows, image.rows), attention
+
+    def pairwise(self, text: TextSide, image: ImageSide) -> Tensor:
+        """As the base says, in chunks of at most about `floats_at_once` similarities; each side is read once."""
+        self.check(text, image)
+        b, n = len(text.rows), len(image.rows)
+        if not b or not n:
+            return text.rows.new_zeros((b, n), dtype=torch.float32)
+        words, patches = self._words(text), self._patches(image)
+        a_pair = patches.vectors.shape[1] * max(words.vectors.shape[1], 1)
+        pictures = max(1, min(n, self.floats_at_once // a_pair))
+        texts = max(1, self.floats_at_once // (a_pair * pictures))
+        late = torch.cat(
+            [
+                torch.cat([self._all_pairs(some, patches.cut(i, i + pictures)) for i in range(0, n, pictures)], dim=1)
+                for some in (words.cut(i, i + texts) for i in range(0, b, texts))
+            ]
+        )
+        return late + self.cosine_scale * (text.rows.float() @ image.rows.float().T)
+
+    def start_from(self, backbone: BertModel) -> None:
+        """The context layers become the backbone's above `config.text_layer`."""
+        copy_layers(self.layers, backbone, start=self.config.text_layer)
+
+    def _words(self, text: TextSide) -> _Words:
+        bias, tokens = mask_bias(text.mask), self.dropout(blank_masked(text.tokens, text.mask))
+        for layer in self.layers:
+            tokens, _ = layer(tokens, bias)
+        shares = torch.softmax(self.word_share(tokens) + bias, dim=-1)
+        vectors = self.word_projection(tokens)
+        return _Words(_unit(vectors), shares, bias, _pooled(vectors, shares))
+
+    def _patches(self, image: ImageSide) -> _Patches:
+        tokens = self.patch_input(image.patches)
+        shares = torch.softmax(self.patch_share(tokens), dim=-1)
+        vectors = self.patch_projection(tokens)
+        return _Patches(_unit(vectors), shares, _pooled(vectors, shares))
+
+    def _all_pairs(self, words: _Words, patches: _Patches) -> Tensor:
+        """b words, n patches -> (b, n) logits without the rows' cosine."""
+        (b, t, _), (n, p, _) = words.vectors.shape, patches.vectors.shape
+        flat = words.vectors.flatten(0, 1) @ patches.vectors.flatten(0, 1).T  # (b t, n p)
+        similarity = flat.float().reshape(b, t, n, p).transpose(1, 2)  # (b, n, t, p)
+        return self._score(similarity, _Words(*(part.unsqueeze(1) for part in words)), patches)[0]
+
+    def _score(self, similarity: Tensor, words: _Words, patches: _Patches) -> tuple[Tensor, Tensor]:
+        """(..., t, p) float32, with words and patches that broadcast to its leading axes -> (...), (..., t, p)."""
+        to_patches, to_words = self.log_sharpness.exp()
+        attention = torch.softmax(to_patches * similarity, dim=-1)
+        by_word = ((attention * similarity).sum(dim=-1) * words.shares).sum(dim=-1)
+        looking = torch.softmax(to_words * similarity + words.bias.unsqueeze(-1), dim=-2)
+        by_patch = ((looking * similarity).sum(dim=-2) * patches.shares).sum(dim=-1)
+        shares = torch.softmax(self.mixture, dim=0)
+        mixed = shares[0] * by_word + shares[1] * by_patch + shares[2] * cosine(words.pooled, patches.pooled)
+        return self.scale * mixed + self.bias, attention
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return functional.normalize(vectors.float(), dim=-1)
+
+
+def _pooled(vectors: Tensor, shares: Tensor) -> Tensor:
+    """(b, t, w), (b, t) -> (b, w) float32 unit rows of the weighted mean."""
+    return _unit((vectors.float() * shares.unsqueeze(-1)).sum(dim=1))

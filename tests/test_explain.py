@@ -1,0 +1,157 @@
+"""Why this hit: words, where they look, and a picture of it that shows the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmsearch.errors import ResourceError, UsageError
+from mmsearch.explain import Explanation, draw, explain, whole_words
+from mmsearch.rerank.heatmap import contact_sheet, overlay
+from mmsearch.testing import COLORS, ColorEncoder, ColorReranker
+from mmsearch.types import Hit, Item, Modality, Preprocessing
+
+SQUASH = Preprocessing()
+
+
+def halves(path: Path, left: str, right: str, *, size: tuple[int, int] = (60, 40)) -> Path:
+    image = Image.new("RGB", size, COLORS[left])
+    image.paste(COLORS[right], (size[0] // 2, 0, *size))
+    image.save(path)
+    return path
+
+
+def hit(path: Path | None, **values) -> Hit:
+    item = Item("0" * 16, None if path is None else str(path))
+    return replace(Hit(1, 0.5, item, Modality.IMAGE, parts={"cosine": 0.5}), **values)
+
+
+def spot(row: int, column: int, *, side: int = 4) -> np.ndarray:
+    grid = np.zeros((side, side))
+    grid[row, column] = 1.0
+    return grid
+
+
+def explained(found: Hit, **query) -> Explanation:
+    return explain(found, reranker=ColorReranker(grid=2), encoder=ColorEncoder(), **query)
+
+
+def test_a_word_looks_where_its_colour_is(tmp_path):
+    """Red is left, blue is right; every word's shares sum to 1; the parts of the score come along."""
+    found = explained(hit(halves(tmp_path / "p.png", "red", "blue")), text="red or blue")
+    assert found.words == ("red", "or", "blue") and found.grid.shape == (3, 2, 2)
+    assert np.allclose(found.grid.sum(axis=(1, 2)), 1.0)
+    assert found.grid[0, :, 0].sum() > 0.99 and found.grid[2, :, 1].sum() > 0.99
+    assert np.allclose(found.grid[1], 0.25)
+    assert found.to_json()["parts"] == {"cosine": 0.5}
+    assert np.allclose(found.to_json()["attention"], found.grid, atol=1e-5)
+
+
+def test_a_caption_is_explained_over_the_query_picture(tmp_path):
+    """A picture that was asked with, and the words of the hit."""
+    picture = halves(tmp_path / "p.png", "red", "blue")
+    found = explained(hit(None, modality=Modality.TEXT, caption="blue things"), picture=str(picture))
+    assert found.words == ("blue", "things") and found.grid[0, :, 1].sum() > 0.99
+
+
+@pytest.mark.parametrize("case", ["no picture", "broken picture", "no attention", "rows alone", "picture for picture"])
+def test_without_words_over_a_picture_there_are_the_parts_alone(tmp_path, case):
+    """Nothing fails for want of a picture or of attention."""
+    reranker, path, query = ColorReranker(), halves(tmp_path / "p.png", "red", "blue"), {"text": "red"}
+    if case == "no picture":
+        path = None
+    elif case == "broken picture":
+        path.write_bytes(b"nothing")
+    elif case == "no attention":
+        reranker.attention = lambda *sides: None
+    elif case == "rows alone":
+        reranker.reads_tokens = False
+    else:
+        query = {"picture": str(path)}
+    found = explain(hit(path), reranker=reranker, encoder=ColorEncoder(), **query)
+    assert (found.grid, dict(found.parts)) == (None, {"cosine": 0.5})
+    assert found.to_json() == {"words": [], "attention": None, "parts": {"cosine": 0.5}}
+    assert not draw(found, tmp_path / "none.png", preprocessing=SQUASH)
+
+
+def test_pieces_of_a_word_are_one_word():
+    """Their mean; the model's own marks are left out; spaces of other tokenisers are no letters."""
+    looks = np.arange(12, dtype=np.float32).reshape(6, 2)
+    words, shares = whole_words(["[CLS]", "a", "rain", "##bow", "\u0120here", "[SEP]"], looks)
+    assert words == ["a", "rainbow", "here"]
+    assert shares.tolist() == [[2, 3], [5, 6], [8, 9]]
+    assert whole_words(["[CLS]", "[SEP]"], looks[:2])[0] == ["[CLS]", "[SEP]"]
+
+
+def brightness(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.float64).sum(axis=2)
+
+
+def lit(image: Image.Image) -> tuple[float, float]:
+    """Where the brightest hundredth lies, as shares of width and height."""
+    light = brightness(image)
+    y, x = np.nonzero(light >= np.quantile(light, 0.99))
+    return x.mean() / light.shape[1], y.mean() / light.shape[0]
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 3), (3, 0), (3, 3), (1, 2)])
+def test_the_map_is_bright_where_the_word_looks(row, column):
+    """A map with one patch lights that part of the photo and no other."""
+    photo = Image.new("RGB", (120, 80), (120, 120, 120))
+    x, y = lit(overlay(photo, spot(row, column), preprocessing=SQUASH))
+    assert abs(x - (column + 0.5) / 4) < 0.1 and abs(y - (row + 0.5) / 4) < 0.1
+
+
+def test_the_map_covers_what_the_model_saw():
+    """With "crop" only the middle square is lit; with "pad" the map reaches beyond the photo."""
+    photo = Image.new("RGB", (120, 60), (120, 120, 120))
+    x, _ = lit(overlay(photo, spot(1, 0), preprocessing=Preprocessing(fit="crop")))
+    assert 0.25 < x < 0.4
+    dark = brightness(overlay(photo, np.ones((4, 4)), preprocessing=SQUASH)).max()
+    padding = overlay(photo, spot(0, 0), preprocessing=Preprocessing(fit="pad"))  # above the photo: all black there
+    assert brightness(padding)[20:].max() <= dark + 1
+
+
+def test_equal_shares_light_nothing():
+    """Noise is not blown up to a pattern."""
+    photo = Image.new("RGB", (50, 50), (200, 10, 10))
+    flat = brightness(overlay(photo, np.full((3, 3), 1 / 9), preprocessing=SQUASH))
+    assert flat.max() == flat.min() < brightness(photo).max() / 2
+
+
+def test_a_sheet_has_a_tile_for_all_words_and_one_for_each():
+    """Its size grows with the words; many and very long words do no harm; the photo's shape is kept."""
+    photo = Image.new("RGB", (400, 200), (90, 90, 90))
+    one = contact_sheet(photo, ["dog"], np.full((1, 3, 3), 1 / 9), preprocessing=SQUASH)
+    assert one.size == (2 * 248 + 8, 120 + 22 + 8 + 8)
+    many = ["word" * 60, "кошка", "\n", ""] * 30
+    sheet = contact_sheet(photo, many, np.full((120, 3, 3), 1 / 9), preprocessing=SQUASH)
+    assert sheet.size[0] < 3000 and sheet.size[1] < 3000
+
+
+@pytest.mark.parametrize("grid", [np.ones((2, 3, 3)), np.ones((1, 3, 4)), np.ones((1, 9)), np.full((1, 3, 3), np.nan)])
+def test_numbers_that_do_not_fit_the_words_are_refused(grid):
+    """Not drawn as something else."""
+    with pytest.raises(UsageError):
+        contact_sheet(Image.new("RGB", (9, 9)), ["one"], grid, preprocessing=SQUASH)
+
+
+def test_a_drawing_is_a_png_of_the_upright_photo(tmp_path):
+    """EXIF rotation is applied; nothing half written stays; a folder that cannot be is an error."""
+    path = tmp_path / "p.jpg"
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    Image.new("RGB", (200, 100), (10, 200, 10)).save(path, exif=exif)
+    found = Explanation(("dog",), spot(0, 0)[None], picture=str(path))
+    assert draw(found, tmp_path / "why" / "1.png", preprocessing=SQUASH)
+    with Image.open(tmp_path / "why" / "1.png") as sheet:
+        assert sheet.format == "PNG" and sheet.height > 240  # the tile stands upright: 120 x 240
+    assert [one.name for one in (tmp_path / "why").iterdir()] == ["1.png"]
+    with pytest.raises(ResourceError):
+        draw(found, path / "below-a-file.png", preprocessing=SQUASH)
+    path.unlink()
+    assert not draw(found, tmp_path / "2.png", preprocessing=SQUASH)
