@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmsearch.matcher import Matcher
     from mmsearch.searcher import Searcher
     from mmsearch.store import Problem
-    from mmsearch.train.rerank_run import RerankReport
+    from mmsearch.train.rerank_report import RerankReport
     from mmsearch.train.run import TrainReport
     from mmsearch.types import BuildReport, Hit
 

@@ -16,7 +16,7 @@ from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mmsearch.train.item_validation import ItemHits
-    from mmsearch.train.rerank_run import RerankReport
+    from mmsearch.train.rerank_report import RerankReport
     from mmsearch.train.run import TrainReport
 
 TOWERS, RERANK = "towers", "rerank"
@@ -133,7 +133,7 @@ def train(
             pairs or [], out, stage=stage, recipe=recipe, given={k: v for k, v in given.items() if v is not None},
             assignments=setting or [], force=force, watcher=bar, environ=os.environ,
         )  # fmt: skip
-    from mmsearch.train.rerank_run import RerankReport  # loaded by now
+    from mmsearch.train.rerank_report import RerankReport  # loaded by now
 
     if os.environ.get("RANK", "0") != "0":
         return None  # under torchrun the first process speaks for all

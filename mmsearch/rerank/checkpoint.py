@@ -13,6 +13,7 @@ Decisions:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -237,6 +238,22 @@ def load_rerank_model(opened: RerankCheckpoint) -> RerankModel:
     Raises `ModelError` for weights that do not fit the settings, before memory is taken for the settings' sizes.
     """
     return _filled(opened.config, load_dual_encoder(opened.towers), opened.directory / RERANK_WEIGHTS)
+
+
+def load_weights(config: RerankConfig, towers: DualEncoder, opened: RerankCheckpoint) -> RerankModel:
+    """A new model of `config` over any `towers`, with the weights of `opened` and empty banks, in eval mode.
+
+    Raises `ModelError` where the weights are of another shape.
+    """
+    from mmsearch.rerank.model import RerankModel
+    from mmsearch.towers.tensors import from_stored
+
+    path = opened.directory / RERANK_WEIGHTS
+    state = {name: value for name, value in from_stored(read_tensors(path)).items() if name not in _BANKS.values()}
+    check_shapes(lambda: RerankModel(dataclasses.replace(config, bank=0), towers), state, path=path)
+    model = RerankModel(config, towers)
+    model.load_state_dict(state, strict=False)
+    return model.eval()
 
 
 def _filled(config: RerankConfig, towers: DualEncoder, weights: Path) -> RerankModel:

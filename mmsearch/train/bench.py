@@ -58,6 +58,7 @@ class Bench:
     start: Beginning
     warnings: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
@@ -71,7 +72,10 @@ class Bench:
             self.watcher.note(f"warning: {text}")
 
     def skip(self, skipped: Skipped) -> None:
-        """A picture that cannot be used."""
+        """A picture that cannot be used: told once, however many of views, banks and batches meet it."""
+        if skipped.path in self._told:
+            return
+        self._told.add(skipped.path)
         self.skipped.append(skipped)
         self.watcher.note(f"skipped {skipped.path}: {skipped.reason} {skipped.detail}")
 
@@ -87,6 +91,11 @@ def keep(bench: Bench, name: str, *, graphs: bool, card: str) -> None:
         _without_adapters(bench.start.model), bench.out / name, tokenizer_json=bench.start.tokenizer_json,
         name=bench.out.resolve().name, card=card or "A checkpoint of a run that has not ended.\n", graphs=graphs,
     )  # fmt: skip
+    show(bench, name)
+
+
+def show(bench: Bench, name: str) -> None:
+    """Let OUT/best be the checkpoint OUT/`name` in one rename, and remove older ones; `ResourceError` without links."""
     draft = bench.out / f".{BEST}.draft"
     try:
         draft.unlink(missing_ok=True)

@@ -5,19 +5,18 @@
     the rest as in the first stage
 
 Decisions:
-- What is reported is the checkpoint as it was stored, read back from disk.
-- The cut-off ("nothing found") is fitted on held-out captions: asked with their picture in the gallery, and without it.
+- What is reported is the best state in full precision; the checkpoint holds it in half, banks in 8 bits.
+- A score is fitted on all held-out pairs at the end, and figures are of the same pairs: `mmsearch eval --split test`
+  on rows that the run never opened is free of that.
 - One process; the second stage is small, and its batches need no other rank's negatives.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,16 @@ from torch import Tensor
 
 from mmsearch.encoder import Encoder
 from mmsearch.errors import InputError, ModelError, UsageError
-from mmsearch.evaluate.comparison import Comparison, compare
-from mmsearch.evaluate.matching import Matching, evaluate_matching
+from mmsearch.evaluate.comparison import compare
+from mmsearch.evaluate.matching import evaluate_matching
 from mmsearch.evaluate.reliability_picture import draw_reliability
-from mmsearch.evaluate.report import Evaluation
 from mmsearch.rerank.checkpoint import RerankCheckpoint, copy_towers, has_reranker, load_rerank_model, save_reranker
 from mmsearch.rerank.commonness import rarity
-from mmsearch.rerank.config import RerankConfig
-from mmsearch.rerank.cutoff import fit_cutoff
 from mmsearch.rerank.model import RerankModel
 from mmsearch.rerank.scores import Scoring
 from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
-from mmsearch.towers.initial import fill_backbone
 from mmsearch.towers.locate import BEST, locate
-from mmsearch.train.bench import Bench, Silent
+from mmsearch.train.bench import Bench, Silent, show
 from mmsearch.train.curves import draw_curves
 from mmsearch.train.depthwise import fast_depthwise
 from mmsearch.train.distributed import Ranks
@@ -51,50 +46,19 @@ from mmsearch.train.journal import Journal
 from mmsearch.train.negatives import mine
 from mmsearch.train.pictures import Feed, KeptFeed
 from mmsearch.train.rerank_pictures import PictureReader
+from mmsearch.train.rerank_report import RerankReport, card_of, of_picture, plain_scoring, with_cutoff
+from mmsearch.train.rerank_start import build_reranker
 from mmsearch.train.rerank_trainer import RerankParts, RerankTrainer
-from mmsearch.train.rerank_validation import Found, HeldOut, RerankValidation, a_part
+from mmsearch.train.rerank_validation import HeldOut, RerankValidation, a_part
 from mmsearch.train.run import HELD_OUT, REPORT, SETTINGS, claimed, forget, resources, write_json, write_pairs
-from mmsearch.train.settings import Rerank, TrainSettings
+from mmsearch.train.settings import TrainSettings
 from mmsearch.train.setup import Beginning
 from mmsearch.train.trainer import Watcher, digest_of, standing
 from mmsearch.train.workshop import AUTO_VIEWS, filled_views
-from mmsearch.types import Pair, Skipped
+from mmsearch.types import Pair
 
 RELIABILITY = "reliability.png"
-_ENCODE, _TEXTS, _BEST_SHOWN = 64, 2048, 64
-
-
-@dataclass(frozen=True, slots=True)
-class RerankReport:
-    """How a second-stage run ended. `comparison`: the first stage and both, on the held-out pairs, None without any.
-
-    `matching`: yes/no on balanced true and hard false held-out pairs. `scoring`: how parts became a probability.
-    """
-
-    checkpoint: Path
-    fusion: str
-    parameters: int
-    pairs: int
-    held_out: int
-    steps: int
-    best_epoch: int
-    comparison: Comparison[Evaluation] | None
-    matching: Matching | None
-    scoring: Scoring
-    warnings: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "checkpoint": str(self.checkpoint), "fusion": self.fusion, "parameters": self.parameters,
-            "pairs": self.pairs, "held_out": self.held_out, "steps": self.steps, "best_epoch": self.best_epoch,
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-            "matching": None if self.matching is None else self.matching.to_json(),
-            "scoring": self.scoring.to_json(), "warnings": list(self.warnings), "skipped": len(self.skipped),
-            "seconds": round(self.seconds, 1),
-        }  # fmt: skip
+_ENCODE, _TEXTS = 64, 2048
 
 
 def train_reranker(
@@ -103,7 +67,8 @@ def train_reranker(
 ) -> RerankReport:  # fmt: skip
     """Train a re-ranker over `settings.start.model` as `settings.rerank` says; it ends in `out` with its towers.
 
-    Raises as `run.train` does, and `UsageError` for held-out pairs too few to fit a score on.
+    Raises as `run.train` does, and `UsageError` (none) or `InputError` (fewer than 8 that can be read) for held-out
+    pairs too few to fit a score on; `UsageError` under torchrun, and for settings that would teach nothing.
     """
     started, folder = time.monotonic(), Path(out)
     if int((environ or {}).get("WORLD_SIZE", "1")) > 1:
@@ -149,7 +114,9 @@ class _Job:
             towers, dtype=pick_precision(settings.run.precision, bench.ranks.device), device=bench.ranks.device
         )
         torch.manual_seed(settings.run.seed)
-        self.model = build_reranker(settings.rerank, bench).to(bench.ranks.device)
+        self.model = build_reranker(
+            settings.rerank, bench.start.model, captions=sum(len(pair.captions) for pair in bench.examples.train)
+        ).to(bench.ranks.device)
         self.pixels = PixelFeed(
             bench.examples.train, preprocessing=towers.config.preprocessing, tokeniser=bench.start.tokeniser(),
             augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
@@ -159,6 +126,7 @@ class _Job:
     def run(self, *, started: float) -> RerankReport:
         """All of it."""
         bench, settings = self.bench, self.bench.settings
+        teacher = self._teacher()  # first: what is refused is refused before hours of encoding
         bench.watcher.note("encoding the training captions")
         captions = [caption for pair in bench.examples.train for caption in pair.captions]
         text_rows = torch.from_numpy(Texts(captions, self.passes, self.pixels.tokens).rows())
@@ -175,12 +143,12 @@ class _Job:
         starts = np.cumsum([0, *(len(pair.captions) for pair in bench.examples.train)]).tolist()
         parts = RerankParts(
             self.model, reader, feed, text_rows, starts, self._validation(part, reader), bench.folder, bench.watcher,
-            keep_best=lambda epoch: None, digest=self._digest, teacher=self._teacher(),
+            keep_best=lambda epoch: None, digest=self._digest, teacher=teacher,
             neighbours=self._neighbours(text_rows, starts),
         )  # fmt: skip
         bench.folder.mkdir(parents=True, exist_ok=True)
         trainer = RerankTrainer(settings, bench.examples, parts)
-        parts.keep_best = lambda epoch: self._keep(f"epoch-{epoch + 1:04d}", trainer)
+        parts.keep_best = lambda epoch: self._keep(f"epoch-{epoch + 1:04d}")
         resumed = trainer.resume()
         with Journal(bench.out, resume_step=trainer.progress.step if resumed else None) as journal:
             for note in journal.notes:
@@ -269,7 +237,7 @@ class _Job:
         self.model.caption_bank.copy_(text_rows[torch.from_numpy(chosen)])
         pairs = bench.examples.train
         wanted = np.sort(draw.permutation(len(pairs))[: min(count, len(pairs))])
-        if path.exists():  # of the run that this one goes on from
+        if path.exists() and standing(bench.folder, self._digest) is not None:  # of the run that this one goes on from
             rows = np.load(path)
         else:
             bench.watcher.start(len(wanted), what="picture bank", unit="images")
@@ -278,7 +246,9 @@ class _Job:
                 rows[where] = self._rows_of(found)
                 bench.watcher.advance(len(where))
             bench.folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, rows)
+            draft = path.with_suffix(".draft.npy")
+            np.save(draft, rows)
+            draft.replace(path)
         there = np.flatnonzero(np.linalg.norm(rows, axis=1) > 0.5)
         self.model.picture_bank.copy_(torch.from_numpy(rows[_filled_up(draw.permutation(there), count)]))
 
@@ -325,24 +295,18 @@ class _Job:
 
     # Ending
 
-    def _keep(self, name: str, trainer: RerankTrainer, *, final: tuple[Scoring, str, bool] | None = None) -> None:
+    def _keep(self, name: str, *, final: tuple[Scoring, str, bool] | None = None) -> None:
         """Store towers and re-ranker in OUT/`name`, and let OUT/best be that in one rename."""
         bench = self.bench
         while (bench.out / name).exists():
             name += "-again"
         target = bench.out / name
         copy_towers(self._directory, target)
-        scoring, card, graphs = final or (_plain_scoring(), "A re-ranker of a run that has not ended.\n", False)
+        scoring, card, graphs = final or (plain_scoring(), "A re-ranker of a run that has not ended.\n", False)
         save_reranker(
             self.model, target, name=bench.out.resolve().name, scoring_json=scoring.to_json(), card=card, graphs=graphs
         )
-        draft = bench.out / f".{BEST}.draft"
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(name, target_is_directory=True)
-        draft.replace(bench.out / BEST)
-        for old in bench.out.glob("epoch-*"):
-            if old.name != name and old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old, ignore_errors=True)
+        show(bench, name)
 
     def _finished(
         self, trainer: RerankTrainer, held: HeldOut, reader: PictureReader, *, started: float
@@ -353,12 +317,12 @@ class _Job:
         bench.watcher.note("measuring the best state on all held-out pairs")
         found = validation.measure(name="re-ranked")
         scoring = with_cutoff(found, held)
-        probabilities = scoring.probability(_of_picture(found))
+        probabilities = scoring.probability(of_picture(found))
         match = found.pairs.match.astype(np.float64)
         matching = evaluate_matching(probabilities, match, clusters=found.pairs.group, model="re-ranked")
         comparison = compare(found.first, found.second)
         card = card_of(bench, self.model, comparison, matching)
-        self._keep(name, trainer, final=(scoring, card, bench.settings.run.graphs))
+        self._keep(name, final=(scoring, card, bench.settings.run.graphs))
         draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")
         draw_reliability(probabilities, match, bench.out / RELIABILITY, title="held-out pairs")
         report = RerankReport(
@@ -370,72 +334,6 @@ class _Job:
         write_json(bench.out / REPORT, report.to_json())
         forget(bench.out)
         return report
-
-
-def build_reranker(wanted: Rerank, bench: Bench) -> RerankModel:
-    """A model as the settings say over the run's towers: layers from the text tower, perhaps an own backbone."""
-    towers: Any = bench.start.model
-    text = towers.text.backbone.config
-    layer = wanted.text_layer if wanted.text_layer >= 0 else int(text.num_hidden_layers) // 2
-    above = max(int(text.num_hidden_layers) - layer, 0)
-    config = RerankConfig(
-        fusion=wanted.fusion, patch_dim=wanted.patch_dim, grid=wanted.grid, text_layer=layer,
-        layers=wanted.layers if wanted.layers >= 0 else max(above, 1), width=wanted.width or int(text.hidden_size),
-        heads=int(text.num_attention_heads), hidden=wanted.hidden, dropout=wanted.dropout,
-        own_backbone=wanted.image_train > 0, bank=min(wanted.bank, sum(len(p.captions) for p in bench.examples.train)),
-    )  # fmt: skip
-    model = RerankModel(config, towers)
-    model.fusion.start_from(towers.text.backbone)
-    if model.backbone is not None and wanted.image_weights:
-        fill_backbone(model.backbone, wanted.image_weights)
-    return model
-
-
-def with_cutoff(found: Found, held: HeldOut) -> Scoring:
-    """The scoring with a cut-off: each caption asked of all pictures, and of all but those of its own group."""
-    groups = held.groups[held.owners]
-    present, absent, relevant = [], [], []
-    for query, (rows, final) in enumerate(zip(found.to_image.rows, found.to_image.final, strict=True)):  # type: ignore[arg-type]
-        own = held.groups[rows] == groups[query]
-        order = np.argsort(-final, kind="stable")
-        if own.any():
-            present.append(final[order])
-            relevant.append(own[order])
-        if not own.all():
-            absent.append(np.sort(final[~own])[::-1])
-    if not present or not absent:
-        return found.scoring
-    return replace(found.scoring, cutoff=fit_cutoff(present, absent, relevant=relevant, depth=_BEST_SHOWN))
-
-
-def card_of(bench: Bench, model: RerankModel, comparison: Comparison[Evaluation], matching: Matching) -> str:
-    """RERANK.md: what it is, what it was trained on, its figures on held-out pairs."""
-    lines = [f"# Re-ranker: {model.config.fusion} over {bench.start.name}", ""]
-    lines += [
-        f"- trained on {len(bench.examples.train)} pictures of {source.path}" for source in bench.settings.sources[:1]
-    ]
-    lines += ["", "On held-out pairs, in per cent:", "", "```", *comparison.lines(), "", *matching.lines(), "```", ""]
-    return "\n".join(lines)
-
-
-def _of_picture(found: Found) -> Any:  # noqa: ANN401 - Evidence
-    """The balanced pairs as a picture without texts has them."""
-    from mmsearch.rerank.scores import Evidence
-
-    parts = {part: getattr(found.pairs.evidence, part) for part in ("cosine", "logit", "rarity")}
-    return Evidence.of(**parts)
-
-
-def _plain_scoring() -> Scoring:
-    """Even weights, for a checkpoint of a run that has not ended."""
-    from mmsearch.rerank.calibration import Platt
-    from mmsearch.rerank.scores import CASES, Case
-
-    def case(parts: tuple[str, ...]) -> Case:
-        ones = tuple(1.0 for _ in parts)
-        return Case(tuple(0.0 for _ in parts), ones, ones, 0.0, Platt(1.0, 0.0), None)
-
-    return Scoring({name: case(parts) for name, parts in CASES.items()})
 
 
 def _filled_up(chosen: np.ndarray, count: int) -> np.ndarray:

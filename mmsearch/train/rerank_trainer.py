@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmsearch.errors import ModelError
+from mmsearch.errors import InputError, ModelError
 from mmsearch.rerank.base import ImageSide, TextSide
 from mmsearch.rerank.model import RerankModel
 from mmsearch.train.averaging import Average
@@ -29,7 +29,15 @@ from mmsearch.train.examples import Examples
 from mmsearch.train.feed import Batch
 from mmsearch.train.journal import Journal
 from mmsearch.train.pictures import Feed, closing_feed
-from mmsearch.train.rerank_losses import draw_hard, drawn_pairs, imitation_loss, list_loss, match_loss, matrix_loss
+from mmsearch.train.rerank_losses import (
+    Drawn,
+    draw_hard,
+    drawn_pairs,
+    imitation_loss,
+    list_loss,
+    match_loss,
+    matrix_loss,
+)
 from mmsearch.train.rerank_pictures import PictureReader
 from mmsearch.train.rerank_validation import Found, RerankValidation
 from mmsearch.train.schedule import Schedule
@@ -122,9 +130,11 @@ class RerankTrainer:
             neighbours=self.parts.neighbours, hard_share=self.settings.rerank.mined_share, origins=self._origins,
         )[progress.batch :]  # fmt: skip
         saved = clock = time.monotonic()
+        seen = 0
         with closing_feed(self.parts.feed.batches(plan)) as batches:
             for number, batch in enumerate(batches, start=1):
                 losses = self._step(batch)
+                seen += len(batch.draws)
                 progress.batch, progress.step = progress.batch + 1, progress.step + 1
                 now = time.monotonic()
                 speed = number * run.batch_size / max(now - clock, 1e-9)
@@ -138,6 +148,11 @@ class RerankTrainer:
                 if now - saved >= run.save_seconds and number < len(plan):
                     self._save()
                     saved = time.monotonic()
+        if plan and not seen:
+            raise InputError(
+                "training pictures", expected="some that can be read", got=f"none of {sum(map(len, plan))} in an epoch",
+                do="See what was said of the skipped ones.",
+            )  # fmt: skip
 
     def _step(self, batch: Batch) -> dict[str, float]:
         run, step = self.settings.run, self.progress.step
@@ -149,17 +164,20 @@ class RerankTrainer:
             return {"loss": 0.0}
         losses = self.losses(batch)
         loss = losses["loss"]
-        if not bool(loss.detach().isfinite()):
-            raise ModelError(
-                f"training, step {step + 1}", expected="a finite loss", got=str(float(loss.detach())),
-                do="Lower run.lr, or try --precision fp32; the best checkpoint so far is kept.",
-            )  # fmt: skip
+        self._require_finite("loss", loss.detach())
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._learning, run.clip or math.inf)
+        self._require_finite("gradient", nn.utils.clip_grad_norm_(self._learning, run.clip or math.inf))
         self._optimiser.step()
         if self._average is not None:
             self._average.update(self.model)
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _require_finite(self, what: str, value: Tensor) -> None:
+        if not bool(value.isfinite()):
+            raise ModelError(
+                f"training, step {self.progress.step + 1}", expected=f"a finite {what}", got=str(float(value)),
+                do="Lower run.lr, or try --precision fp32; the best checkpoint so far is kept.",
+            )  # fmt: skip
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` and its parts for one batch: "contrast" over lists, "match" over yes and no, perhaps "teacher"."""
@@ -169,6 +187,7 @@ class RerankTrainer:
         few = wanted.negatives if wanted.negatives >= 0 else 0 if self.model.fusion.cheap_pairs else _FEW
         cosines = texts.rows @ (images.rows if bool(images.rows.any()) else texts.rows).T
         found: dict[str, Tensor] = {}
+        drawn: Drawn | None = None
         if few:
             drawn = drawn_pairs(*draw_hard(cosines, groups, count=few, hardness=wanted.hardness))
             with passes.autocast():
@@ -184,10 +203,10 @@ class RerankTrainer:
             of_texts, of_images = draw_hard(hard, groups, count=_FEW, hardness=wanted.hardness)
             false = torch.cat([_taken(matrix, of_texts), _taken(matrix.T, of_images)])
             found["match"] = match_loss(matrix.diagonal(), false)
-            drawn = lists = None
+            lists = matrix
         total = wanted.contrast * found["contrast"] + wanted.match * found["match"]
         if self.parts.teacher is not None:
-            found["teacher"] = self._imitation(texts, maps, images.rows, drawn=drawn, lists=lists if few else matrix)
+            found["teacher"] = self._imitation(texts, maps, images.rows, drawn=drawn, lists=lists)
             total = total + wanted.teacher_weight * found["teacher"]
         return {"loss": total, **found}
 
@@ -202,7 +221,7 @@ class RerankTrainer:
             patches = model.patch_projection(maps)
         return texts, ImageSide(torch.zeros_like(texts.rows) if rows is None else rows, patches), maps
 
-    def _imitation(self, texts: TextSide, maps: Tensor, rows: Tensor, *, drawn: Any, lists: Any) -> Tensor:  # noqa: ANN401 - as `losses` has them
+    def _imitation(self, texts: TextSide, maps: Tensor, rows: Tensor, *, drawn: Drawn | None, lists: Tensor) -> Tensor:
         teacher, passes = self.parts.teacher, self.parts.reader.passes
         assert teacher is not None  # for the type checker
         with torch.no_grad(), passes.autocast():

@@ -178,7 +178,7 @@ class RerankValidation:
                 one, length = slice(caption - low, caption - low + 1), max(1, int(mask[caption - low].sum()))
                 text = TextSide(texts.rows[one], texts.tokens[one, :length], texts.mask[one, :length])
                 places = torch.from_numpy(every[start:stop] % count)
-                for some in places.split(_PAIRS_AT_ONCE):
+                for some in torch.split(places, _PAIRS_AT_ONCE):
                     with self._reader.passes.autocast():
                         logits = self._model(
                             text, ImageSide(images[some].to(tokens.device), patches[some].to(tokens.device))
@@ -190,7 +190,7 @@ class RerankValidation:
     def _patches(self) -> Tensor:
         """(n, p, c) float32 of all held-out pictures, as the model is now."""
         parts = []
-        for kept in self.held_out.maps.split(64):
+        for kept in torch.split(self.held_out.maps, 64):
             maps, _ = self._reader.read(kept)
             with self._reader.passes.autocast():
                 parts.append(self._model.patch_projection(maps).float().cpu())

@@ -12,8 +12,10 @@ from mmsearch.cli.library import Library
 from mmsearch.cli.train import RESUME
 from mmsearch.errors import InputError, ModelError, ResourceError
 from mmsearch.evaluate.comparison import compare
+from mmsearch.evaluate.matching import evaluate_matching
 from mmsearch.evaluate.rows import evaluate_rows
-from mmsearch.testing import COLORS
+from mmsearch.testing import COLORS, ColorReranker
+from mmsearch.train.rerank_report import RerankReport
 from mmsearch.train.run import TrainReport
 
 
@@ -39,6 +41,13 @@ def measured(name: str, *, right: int):
     eye = np.eye(6, dtype=np.float32)
     texts = np.roll(eye, 1, axis=0) if not right else np.concatenate([eye[:right], np.roll(eye[right:], 1, axis=0)])
     return evaluate_rows(texts, eye, text_groups=np.arange(6), image_groups=np.arange(6), model=name)
+
+
+def rerank_report(**values) -> RerankReport:
+    plain = {"checkpoint": Path("c/mine/best"), "fusion": "gated", "parameters": 1_250_000, "pairs": 90,
+             "held_out": 10, "steps": 1, "best_epoch": 2, "comparison": None, "matching": None,
+             "scoring": ColorReranker(cutoff=False).scoring, "seconds": 12.0}  # fmt: skip
+    return RerankReport(**{**plain, **values})
 
 
 def given(library) -> dict:
@@ -151,6 +160,55 @@ def test_under_torchrun_the_first_process_speaks_for_all(mmsearch, monkeypatch):
         library = TrainLibrary()
         assert len(mmsearch("train", "p.csv", "--out", "o", library=library).out.splitlines()) == lines
         assert given(library)["environ"]["RANK"] == rank
+
+
+# The second stage
+
+
+def test_the_second_stage_reaches_the_library_by_name(mmsearch):
+    """With its fusion; a teacher is then one that has a re-ranker."""
+    library = TrainLibrary(trained=rerank_report())
+    command = ["train", "p.csv", "--out", "o", "--stage", "rerank", "--fusion", "gated", "--teacher", "big"]
+    assert mmsearch(*command, library=library).code == 0
+    assert given(library)["stage"] == "rerank"
+    assert given(library)["given"] == {"rerank.fusion": "gated", "rerank.teacher": "big"}
+    library = TrainLibrary()
+    mmsearch("train", "p.csv", "--out", "o", library=library)
+    assert given(library)["stage"] == "towers"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stage", "third"], "--stage: expected towers or rerank, got 'third'"),
+        (["--fusion", "gated"], "--fusion: expected --stage rerank beside it, got --stage towers"),
+    ],
+)
+def test_a_stage_that_is_none_is_a_usage_error(mmsearch, options, words):
+    """Exit code 2 and one line, before the library is asked."""
+    library = TrainLibrary()
+    ended = mmsearch("train", "p.csv", "--out", "o", *options, library=library)
+    assert (ended.code, ended.out, library.calls) == (2, "", [])
+    assert words in ended.err and len(ended.err_lines) == 1
+
+
+def test_the_end_of_a_second_stage_says_both_stages_and_how_honest_it_is(mmsearch):
+    """What was trained, before and after, yes/no, the cut-off, and where it is; no more than there is."""
+    found = compare(measured("first stage", right=0), measured("re-ranked", right=6))
+    match = evaluate_matching([0.9, 0.2, 0.8, 0.1], [1, 0, 1, 0], clusters=[0, 0, 1, 1], model="re-ranked")
+    trained = rerank_report(comparison=found, matching=match, scoring=ColorReranker().scoring)
+    lines = mmsearch("train", "p.csv", "--out", "o", "--stage", "rerank", library=TrainLibrary(trained=trained)).out
+    lines = lines.splitlines()
+    assert lines[0] == ("gated, 1.2 M parameters: 90 pictures trained on, 10 held out, 1 step (best epoch: 2), 12 s")
+    assert lines[1:-2] == [*found.lines(), *match.lines()]
+    assert lines[-2].startswith("nothing found: 100 % of the held-out captions are answered")
+    assert lines[-1] == "checkpoint: c/mine  (curves: c/mine/curves.png, probabilities: c/mine/reliability.png)"
+    bare = mmsearch("train", "p.csv", "--out", "o", "--stage", "rerank", library=TrainLibrary(trained=rerank_report()))
+    assert len(bare.out.splitlines()) == 2
+    ended = mmsearch(
+        "train", "p.csv", "--out", "o", "--stage", "rerank", "--json", library=TrainLibrary(trained=trained)
+    )
+    assert json.loads(ended.out) == json.loads(json.dumps(trained.to_json()))
 
 
 @pytest.mark.parametrize(

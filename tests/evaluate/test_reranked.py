@@ -178,11 +178,11 @@ def test_the_job_gives_what_a_search_would(tmp_path):
 
 
 class Marks(ColorReranker):
-    """Cannot read what begins with white: its numbers are not finite."""
+    """Cannot read what begins with green: its numbers are not finite."""
 
     def read_pixels(self, pixels, *, batch_size=32):
         found = super().read_pixels(pixels)
-        found.scales[(pixels[:, 0, 0] > 250).all(axis=1)] = np.nan
+        found.scales[(pixels[:, 0, 0] == COLORS["green"]).all(axis=1)] = np.nan
         return found
 
 
@@ -190,7 +190,7 @@ def test_a_picture_whose_patches_are_no_numbers_is_left_out_and_shifts_nothing(t
     """The others keep their own patches: the second stage is right about them as before."""
     path = two_colours(tmp_path)
     found = evaluate_stages(path, load=lambda: (ColorEncoder(), Marks()), depth=28, workers=1, batch_size=8)
-    assert (found.after.images, [Path(one.path).stem for one in found.after.skipped]) == (27, ["white-black"])
+    assert found.after.images == 22 and all("green-" in one.path for one in found.after.skipped)
     assert found.after.text_to_image.values["hit@1"] == 1.0
 
 

@@ -53,7 +53,7 @@ def changed(opened, *names):
 
 
 def test_a_reranker_loads_as_the_model_that_was_saved(plain_reranker):
-    """Matrices to half precision, vectors exactly, in eval mode; its banks can be read without torch."""
+    """Exactly as stored, in eval mode; its banks, kept in 8 bits, can be read without torch."""
     model = load_rerank_model(plain_reranker)
     assert not model.training
     assert not model.towers.training
@@ -65,7 +65,7 @@ def test_a_reranker_loads_as_the_model_that_was_saved(plain_reranker):
         bank = plain_reranker.bank(of)
         assert bank.shape == (4, 8)
         assert np.allclose(bank, model.state_dict()[f"{of}_bank"].numpy())
-        assert np.allclose(np.linalg.norm(bank, axis=1), 1.0, atol=1e-3)
+        assert np.allclose(np.linalg.norm(bank, axis=1), 1.0, atol=1e-2)
 
 
 def test_saving_what_was_loaded_changes_nothing(plain_reranker, copied):
@@ -224,15 +224,22 @@ def test_a_directory_without_a_reranker_says_how_to_get_one(plain_checkpoint):
         {"files": []},
         {"files": {}},
         {"files": {RERANK_WEIGHTS: 3}},
-        {"files": {RERANK_WEIGHTS: "0", "../../etc/passwd": "0"}},
         {"towers": None},
     ],
     ids=str,
 )
 def test_a_rerank_json_that_is_not_ours_is_a_model_error(copied, changes):
-    """A newer format, missing parts, unknown settings, files that point out of the folder."""
+    """A newer format, missing parts, unknown settings."""
     edit(copied, **changes)
     with pytest.raises(ModelError):
+        RerankCheckpoint.open(copied)
+
+
+def test_a_file_list_that_points_out_of_the_folder_is_refused(copied):
+    """Before that file is opened."""
+    files = json.loads((copied / RERANK).read_text())["files"]
+    edit(copied, files={**files, "../../etc/passwd": "0"})
+    with pytest.raises(ModelError, match=r"expected files of a re-ranker, got \.\./\.\./etc"):
         RerankCheckpoint.open(copied)
 
 

@@ -24,6 +24,7 @@ from mmsearch.rerank.checkpoint import (
 from mmsearch.rerank.config import FUSIONS
 from mmsearch.rerank.export import match_graph, patches_graph
 from mmsearch.rerank.reranker import Reranker, Words
+from mmsearch.rerank.run_onnx import OnnxRun
 from mmsearch.rerank.tokens import quantise
 from mmsearch.testing import tiny_reranker
 from mmsearch.towers.tensors import read_layout
@@ -48,11 +49,17 @@ def sides(b, t, *, texts=None):
     return text, ImageSide(unit(b, 8, seed=3), torch.randn(b, 9, 8, generator=torch.Generator().manual_seed(4)))
 
 
+def named(text, image):
+    """Both sides as `sides.Sides.gather` gives them."""
+    tensors = {"text_rows": text.rows, "tokens": text.tokens, "mask": text.mask}
+    tensors |= {"image_rows": image.rows, "patches": image.patches}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
 def run(folder, name, text, image):
     wanted = {entry.name for entry in onnx.load(folder / name, load_external_data=False).graph.input}
-    feeds = {"text_rows": text.rows, "tokens": text.tokens, "mask": text.mask}
-    feeds |= {"image_rows": image.rows, "patches": image.patches}
-    return Sessions(folder).run(name, {k: v.numpy() for k, v in feeds.items() if k in wanted}, threads=1)
+    feeds = {name: side for name, side in named(text, image).items() if name in wanted}
+    return Sessions(folder).run(name, feeds, threads=1)
 
 
 def agree(found, model, text, image):
@@ -171,6 +178,8 @@ def test_every_fusion_has_a_graph_that_answers_as_torch_does(fusion, tmp_path):
     for b, t in ((1, 1), (1, 6), (5, 1), (4, 9)):
         text, image = sides(b, t, texts=1 if graph == MATCH_ONE_GRAPH else b)
         agree(run(tmp_path, graph, text, image), model, text, image)
+    logits, attention = OnnxRun(tmp_path, reads_tokens=model.fusion.reads_tokens).match(named(text, image))
+    agree((logits,) if attention is None else (logits, attention), model, text, image)
 
 
 @pytest.mark.parametrize(("b", "t"), [(1, 1), (1, 7), (6, 4)])

@@ -1,0 +1,68 @@
+"""The re-ranker that a run begins with: built as the settings say, or gone on with from another model.
+
+Decisions:
+- What is gone on with brings its shape along; the settings of the shape are then not read. Its banks are filled anew
+  from the run's own rows, and its scores are fitted anew.
+- It may come from over other towers: those of a fine-tuned model are near enough to start from, and the words, the
+  patches and the rows that it reads are those of this run from the first step on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mmsearch.errors import ModelError, UsageError
+from mmsearch.rerank.checkpoint import RerankCheckpoint, has_reranker, load_weights
+from mmsearch.rerank.config import RerankConfig
+from mmsearch.rerank.model import RerankModel
+from mmsearch.towers.initial import fill_backbone
+from mmsearch.towers.locate import locate
+from mmsearch.train.settings import Rerank
+
+
+def build_reranker(wanted: Rerank, towers: Any, *, captions: int) -> RerankModel:  # noqa: ANN401 - a DualEncoder
+    """A model over `towers` as the settings say; `captions`: how many there are to learn from, which bounds the banks.
+
+    Raises `UsageError` for an own backbone that nothing reads or that `rerank.start` does not have, `ModelError` when
+    `rerank.start` does not fit the towers.
+    """
+    bank = min(wanted.bank, captions)
+    if wanted.start:
+        return _gone_on_with(wanted, towers, bank=bank)
+    model = RerankModel(_config(wanted, towers, bank=bank), towers)
+    if model.config.own_backbone and not model.fusion.reads_tokens:
+        raise UsageError(
+            "rerank.image_train", expected=f"0 with {wanted.fusion}, which reads no patches",
+            got=str(wanted.image_train), do="Choose late-interaction, cross-attention or single-stream.",
+        )  # fmt: skip
+    model.fusion.start_from(towers.text.backbone)
+    if model.backbone is not None and wanted.image_weights:
+        fill_backbone(model.backbone, wanted.image_weights)
+    return model
+
+
+def _config(wanted: Rerank, towers: Any, *, bank: int) -> RerankConfig:  # noqa: ANN401 - a DualEncoder
+    text = towers.text.backbone.config
+    layer = wanted.text_layer if wanted.text_layer >= 0 else int(text.num_hidden_layers) // 2
+    above = max(int(text.num_hidden_layers) - layer, 0)
+    return RerankConfig(
+        fusion=wanted.fusion, patch_dim=wanted.patch_dim, grid=wanted.grid, text_layer=layer,
+        layers=wanted.layers if wanted.layers >= 0 else max(above, 1), width=wanted.width or int(text.hidden_size),
+        heads=int(text.num_attention_heads), hidden=wanted.hidden, dropout=wanted.dropout,
+        own_backbone=wanted.image_train > 0, bank=bank,
+    )  # fmt: skip
+
+
+def _gone_on_with(wanted: Rerank, towers: Any, *, bank: int) -> RerankModel:  # noqa: ANN401 - a DualEncoder
+    directory = locate(wanted.start)[0]
+    if not has_reranker(directory):
+        raise ModelError(f"rerank.start, {directory}", expected="a model with a re-ranker", got="one without")
+    opened = RerankCheckpoint.open(directory)
+    if wanted.image_train and not opened.config.own_backbone:
+        raise UsageError(
+            "rerank.image_train", expected="0: rerank.start has no image backbone of its own",
+            got=str(wanted.image_train), do="Leave it out, or start without rerank.start.",
+        )  # fmt: skip
+    config = dataclasses.replace(opened.config, dropout=wanted.dropout, bank=bank)
+    return load_weights(config, towers, opened)
