@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TRIAL = 8
 """Candidates that are read before it is known how many fit into a budget."""
 AT_ONCE = 64
-"""Candidates in one step: patch tokens of so many are in memory, 31 KB each."""
+"""Candidates in one step: patch tokens of so many are in memory, some KB each."""
 ENOUGH_STORED = 0.9
 
 NOTHING = "nothing in this index matches"

@@ -46,7 +46,7 @@ Fusion = Annotated[
         metavar="NAME",
     ),
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="[default: 10]", min=1, metavar="N")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="[default: 10]", min=0, metavar="N")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs in a batch [default: 128].", min=2, metavar="N")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Base learning rate [default: 3e-4].", metavar="X")]
 Loss = Annotated[

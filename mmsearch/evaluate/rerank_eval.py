@@ -3,7 +3,7 @@
 Decisions:
 - The same pictures and captions go through both stages, so that the gain is paired, query by query (`comparison`).
 - A caption and a picture that are candidates of each other are read together once, whichever way they were found.
-- Patches are kept as they would be in an index, int8, 31 KB a picture; words are held for one block of captions.
+- Patches are kept as they would be in an index, int8; words are held for one block of captions.
 - What is measured are pictures and captions alone: no item has both, so the final score is that of a picture.
 """
 

@@ -11,6 +11,8 @@ Decisions:
 - onnxruntime wherever there are graphs and nobody asked otherwise; a query imports no torch. On a machine with a GPU
   pictures go to torch; pairs do so too when torch is running already or there are `_WORTH_TORCH` of them at once:
   re-ranking one list is done before torch has started.
+- Thousands of pairs that fill a good part of a table of texts and pictures, as an evaluation has them, are taken from
+  the whole table where the fusion makes it at once (`Fusion.cheap_pairs`): each side is then read once.
 - A batch that does not fit into memory is halved, down to one. What a batch was cut into changes no logit.
 - A picture that is marked (its patches are not finite) gets the logit NaN, which `scores.Evidence` reads as missing.
 """
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from mmsearch.rerank.scores import Scoring
 
 _WORTH_TORCH = 2048
+_TABLE_SHARE = 32
+"""A table is made whole when at most so many of its cells are computed for each that is wanted."""
 _TEXTS_AT_ONCE = 64
 T = TypeVar("T")
 
@@ -179,16 +183,24 @@ class Reranker:
         sides = self._sides((words, text_rows), (patches, image_rows))
         found = np.full(len(places), np.nan, np.float32)
         wanted = np.flatnonzero(sides.usable()[places[:, 1]])
-        runs = self._runs(MATCH_GRAPH, pairs=len(wanted))
-        parts = _in_batches(
-            lambda part: runs.match(sides.gather(places[wanted[part]]))[0], len(wanted), batch_size=batch_size
-        )
-        found[wanted] = np.concatenate([np.empty(0, np.float32), *parts])
+        found[wanted] = self._logits(sides, places[wanted], batch_size=batch_size)
         if not (finite := np.isfinite(found[wanted])).all():
             text, picture = places[wanted[int(np.argmin(finite))]].tolist()
             got = f"NaN or infinity for text {text} and picture {picture}"
             raise ModelError("the re-ranker's output", expected="finite logits", got=got)
         return found
+
+    def _logits(self, sides: Sides, places: NDArray[np.int64], *, batch_size: int) -> NDArray[np.float32]:
+        cells = sides.size[0] * sides.size[1]
+        if len(places) >= _WORTH_TORCH and cells <= _TABLE_SHARE * len(places) and self._choice.backend != "onnx":
+            with self._lock:
+                run = self._run_torch()
+            if run.cheap_pairs:
+                table = run.matrix(sides.every())
+                return table[places[:, 0], places[:, 1]]
+        runs = self._runs(MATCH_GRAPH, pairs=len(places))
+        parts = _in_batches(lambda part: runs.match(sides.gather(places[part]))[0], len(places), batch_size=batch_size)
+        return np.concatenate([np.empty(0, np.float32), *parts])
 
     def attention(
         self,

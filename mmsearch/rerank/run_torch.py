@@ -60,6 +60,18 @@ class TorchRun:
             logits, attention = self._model.fusion.read(text, ImageSide(sent["image_rows"], sent["patches"]))
             return _numpy(logits), None if attention is None else _numpy(attention)
 
+    @property
+    def cheap_pairs(self) -> bool:
+        """Whether `matrix` costs hardly more than reading each side once."""
+        return self._model.fusion.cheap_pairs
+
+    def matrix(self, sides: dict[str, NDArray[Any]]) -> Floats:
+        """What `sides.Sides.every` gives, b texts and n pictures -> (b, n) logits: each text with each picture."""
+        sent = {name: self._send(side) for name, side in sides.items()}
+        text = TextSide(sent["text_rows"], sent["tokens"], sent["mask"])
+        with memory_errors(), self._lock, torch.inference_mode():
+            return _numpy(self._model.fusion.pairwise(text, ImageSide(sent["image_rows"], sent["patches"])))
+
     def _send(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 

@@ -61,6 +61,11 @@ class Sides:
         _fits("words", words.tokens.shape[:1], self._text_rows.shape[:1])
         _fits("patches", patches.values.shape, (len(self._image_rows), config.patches, config.patch_dim))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """n, m."""
+        return len(self._text_rows), len(self._image_rows)
+
     def usable(self) -> NDArray[np.bool_]:
         """(n,) which pictures have patches that can be read."""
         return np.ones(len(self._image_rows), bool) if self._patches is None else self._patches.intact()
@@ -75,6 +80,13 @@ class Sides:
             texts = texts[:1]
         elif (pictures == pictures[0]).all():
             pictures = pictures[:1]
+        return self._taken(texts, pictures)
+
+    def every(self) -> dict[str, NDArray[Any]]:
+        """As `gather`, all n texts and all m pictures; marked pictures too, whose patches mean nothing."""
+        return self._taken(np.arange(len(self._text_rows)), np.arange(len(self._image_rows)))
+
+    def _taken(self, texts: NDArray[np.int64], pictures: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {
             "text_rows": np.asarray(self._text_rows[texts], np.float32),
             "image_rows": np.asarray(self._image_rows[pictures], np.float32),

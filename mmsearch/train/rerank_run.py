@@ -8,6 +8,7 @@ Decisions:
 - What is reported is the best state in full precision; the checkpoint holds it in half, banks in 8 bits.
 - A score is fitted on all held-out pairs at the end, and figures are of the same pairs: `mmsearch eval --split test`
   on rows that the run never opened is free of that.
+- With 0 epochs, what `rerank.start` holds stays as it is: scores, probabilities and cut-off are fitted on the data.
 - One process; the second stage is small, and its batches need no other rank's negatives.
 """
 
@@ -47,7 +48,7 @@ from mmsearch.train.negatives import mine
 from mmsearch.train.pictures import Feed, KeptFeed
 from mmsearch.train.rerank_pictures import PictureReader
 from mmsearch.train.rerank_report import RerankReport, card_of, of_picture, plain_scoring, with_cutoff
-from mmsearch.train.rerank_start import build_reranker
+from mmsearch.train.rerank_start import build_reranker, start_identity
 from mmsearch.train.rerank_trainer import RerankParts, RerankTrainer
 from mmsearch.train.rerank_validation import HeldOut, RerankValidation, a_part
 from mmsearch.train.run import HELD_OUT, REPORT, SETTINGS, claimed, forget, resources, write_json, write_pairs
@@ -73,6 +74,8 @@ def train_reranker(
     started, folder = time.monotonic(), Path(out)
     if int((environ or {}).get("WORLD_SIZE", "1")) > 1:
         raise UsageError("torchrun", expected="one process for --stage rerank", got="several", do="Start it plainly.")
+    if not settings.run.epochs and not settings.rerank.start:
+        raise UsageError("run.epochs", expected="1 or more without rerank.start", got="0")
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     device = pick_device(settings.run.device)
@@ -94,7 +97,8 @@ def train_reranker(
         bench = Bench(
             settings, folder, watcher or Silent(), Ranks(device), examples, start, skipped=list(examples.skipped)
         )
-        digest = f"{digest_of(settings, examples, world=1)}-{Checkpoint.open(directory).identity.weights[:12]}"
+        begun = (Checkpoint.open(directory).identity.weights, start_identity(settings.rerank))
+        digest = "-".join([digest_of(settings, examples, world=1), *(one[:12] for one in begun if one)])
         standing(bench.folder, digest)
         for warning in examples.warnings:
             bench.warn(warning)
@@ -134,6 +138,7 @@ class _Job:
         self._fill_banks(text_rows)
         held.rarity = self._rarity(held)
         wanted = settings.run.views if settings.run.views >= 0 else AUTO_VIEWS * (self.passes.device.type == "cpu")
+        wanted *= bool(settings.run.epochs)  # without an epoch nothing is looked at twice
         reader = PictureReader(self.model, self.passes, learning=settings.rerank.image_train, keep=bool(wanted))
         feed = self._feed(reader, views=wanted)
         held.maps = self._encoded(kept_val, reader)
@@ -231,13 +236,13 @@ class _Job:
         bench, count = self.bench, self.model.config.bank
         if not count:
             return
-        path = bench.folder / "banks.npy"
+        path = bench.folder / f"banks-{self._digest}.npy"
         draw = np.random.default_rng(bench.settings.run.seed)
         chosen = _filled_up(draw.permutation(len(text_rows)), count)
         self.model.caption_bank.copy_(text_rows[torch.from_numpy(chosen)])
         pairs = bench.examples.train
         wanted = np.sort(draw.permutation(len(pairs))[: min(count, len(pairs))])
-        if path.exists() and standing(bench.folder, self._digest) is not None:  # of the run that this one goes on from
+        if path.exists():  # of the run that this one goes on from
             rows = np.load(path)
         else:
             bench.watcher.start(len(wanted), what="picture bank", unit="images")
@@ -323,7 +328,8 @@ class _Job:
         comparison = compare(found.first, found.second)
         card = card_of(bench, self.model, comparison, matching)
         self._keep(name, final=(scoring, card, bench.settings.run.graphs))
-        draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")
+        if progress.step:
+            draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")
         draw_reliability(probabilities, match, bench.out / RELIABILITY, title="held-out pairs")
         report = RerankReport(
             bench.out / BEST, bench.settings.rerank.fusion, parameters=sum(p.numel() for p in self.model.parameters()),

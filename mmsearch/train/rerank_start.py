@@ -54,11 +54,20 @@ def _config(wanted: Rerank, towers: Any, *, bank: int) -> RerankConfig:  # noqa:
     )  # fmt: skip
 
 
-def _gone_on_with(wanted: Rerank, towers: Any, *, bank: int) -> RerankModel:  # noqa: ANN401 - a DualEncoder
-    directory = locate(wanted.start)[0]
+def start_identity(wanted: Rerank) -> str:
+    """What tells the re-ranker of `rerank.start` from others; "" without one. `ModelError` for a model without any."""
+    return _opened(wanted.start).identity if wanted.start else ""
+
+
+def _opened(start: str) -> RerankCheckpoint:
+    directory = locate(start)[0]
     if not has_reranker(directory):
         raise ModelError(f"rerank.start, {directory}", expected="a model with a re-ranker", got="one without")
-    opened = RerankCheckpoint.open(directory)
+    return RerankCheckpoint.open(directory)
+
+
+def _gone_on_with(wanted: Rerank, towers: Any, *, bank: int) -> RerankModel:  # noqa: ANN401 - a DualEncoder
+    opened = _opened(wanted.start)
     if wanted.image_train and not opened.config.own_backbone:
         raise UsageError(
             "rerank.image_train", expected="0: rerank.start has no image backbone of its own",

@@ -5,6 +5,9 @@ Decisions:
 - A part of the held-out pairs is measured between epochs (whole groups, chosen by hash), all of it at the end.
 - The weights of the score are fitted on the same lists that are measured: three numbers from thousands of lists. The
   share that this flatters is far below the interval; figures on a test split are free of it.
+- Figures are of balanced pairs, true and hard false ones. The scoring is fitted on as many random false pairs besides:
+  all that is false among hard ones looks alike to the first stage, so what it thinks little of would only be true pairs
+  that it got wrong, and something unrelated would be called one chance in five.
 - A query whose right answer is not among its candidates teaches no weights, and stays where the first stage put it.
 """
 
@@ -30,6 +33,8 @@ from mmsearch.train.rerank_pictures import PictureReader
 from mmsearch.types import Embeddings
 
 _PAIRS_AT_ONCE, _TEXTS_AT_ONCE = 512, 64
+_TRIES = 8
+"""Random pictures looked at for one of another group."""
 
 
 @dataclass(slots=True)
@@ -62,7 +67,10 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a measurement gives: both stages, the scoring, candidates with their final scores, and balanced pairs."""
+    """What a measurement gives: both stages, the scoring, candidates with their final scores, and balanced pairs.
+
+    `pairs`: true pairs, then a hard false one for each.
+    """
 
     first: Evaluation
     second: Evaluation
@@ -98,7 +106,8 @@ class RerankValidation:
         rows = (np.arange(len(held.texts))[:, None] * count + self._lists[0].rows, None)
         numbers = (rows[0].ravel(), (self._lists[1].rows * count + np.arange(count)[:, None]).ravel())
         true = np.arange(len(held.texts)) * count + held.owners
-        every = np.unique(np.concatenate([*numbers, true]))
+        hard, random = self._false_pairs()
+        every = np.unique(np.concatenate([*numbers, true, hard, random]))
         logits = self._logits(every)
 
         def evidence(wanted: Ints, *, of_text: bool) -> Evidence:
@@ -110,9 +119,10 @@ class RerankValidation:
             )
 
         found = (evidence(numbers[0], of_text=False), evidence(numbers[1], of_text=True))
-        pairs = self._match_pairs(true, evidence)
+        pairs = self._match_pairs(true, hard, evidence)
         if scoring is None:
-            scoring = fit_scoring(self._as_lists(numbers, found), pairs, seed=self._seed)
+            more = self._match_pairs(true, np.concatenate([hard, random]), evidence)
+            scoring = fit_scoring(self._as_lists(numbers, found), more, seed=self._seed)
         finals = [scoring.final(one).reshape(lists.rows.shape) for one, lists in zip(found, self._lists, strict=True)]
         both = [Candidates(lists.rows, lists.cosines, final) for lists, final in zip(self._lists, finals, strict=True)]
         second = evaluate_reranked(self._first, both[0], both[1], groups=(held.groups[held.owners], held.groups))
@@ -128,15 +138,21 @@ class RerankValidation:
         direction = np.repeat([0, 1], [len(one) for one in numbers])
         return CandidateLists(np.concatenate(queries), joined, np.concatenate(relevant), direction)
 
-    def _match_pairs(self, true: Ints, evidence: Callable[..., Evidence]) -> MatchPairs:
-        """Every true pair and a hard false one for it: a caption with a picture of another group among its best."""
+    def _false_pairs(self) -> tuple[Ints, Ints]:
+        """For each caption a picture of another group: one among its best, and any; those that have one."""
         held, count = self.held_out, len(self.held_out.images)
         draw = np.random.default_rng(self._seed)
-        best = self._lists[0].rows
-        apart = held.groups[best] != held.groups[held.owners][:, None]
-        weight = np.where(apart, draw.random(best.shape), -1.0)
-        texts = np.flatnonzero(apart.any(axis=1))
-        false = texts * count + best[texts, weight[texts].argmax(axis=1)]
+
+        def drawn(pictures: Ints) -> Ints:
+            apart = held.groups[pictures] != held.groups[held.owners][:, None]
+            weight = np.where(apart, draw.random(pictures.shape), -1.0)
+            kept = np.flatnonzero(apart.any(axis=1))
+            return kept * count + pictures[kept, weight[kept].argmax(axis=1)]
+
+        return drawn(self._lists[0].rows), drawn(draw.integers(count, size=(len(held.texts), _TRIES)))
+
+    def _match_pairs(self, true: Ints, false: Ints, evidence: Callable[..., Evidence]) -> MatchPairs:
+        held, count = self.held_out, len(self.held_out.images)
         both = np.concatenate([true, false])
         match = np.repeat([True, False], [len(true), len(false)])
         found = evidence(both, of_text=False)

@@ -102,6 +102,8 @@ def train(
     Raises `InputError` and `UsageError` for data and settings that cannot mean anything (before any training),
     `ModelError` when the loss stops being a number, `ResourceError` when disk or memory run out.
     """
+    if not settings.run.epochs:
+        raise UsageError("run.epochs", expected="1 or more", got="0", do="0 only fits the scores of --stage rerank.")
     started = time.monotonic()
     folder = Path(out)
     device = pick_device(settings.run.device)

@@ -342,7 +342,7 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - a type as it was 
 
 def _check_run(run: Run) -> None:
     for name, low, high in (
-        ("epochs", 1, 100_000), ("batch_size", 2, 1 << 20), ("lr", 0.0, 10.0), ("weight_decay", 0.0, 10.0),
+        ("epochs", 0, 100_000), ("batch_size", 2, 1 << 20), ("lr", 0.0, 10.0), ("weight_decay", 0.0, 10.0),
         ("warmup", 0.0, 1.0), ("floor", 0.0, 1.0), ("backbone_start", 0.0, 1.0), ("clip", 0.0, 1e6),
         ("chunk", 0, 1 << 20), ("accumulate", 1, 1 << 16), ("feature_dropout", 0.0, 0.95),
         ("anchor_refresh", 1, 1 << 30), ("patience", 0, 100_000), ("ema", 0.0, 0.99999),

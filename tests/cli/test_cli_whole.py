@@ -17,8 +17,11 @@ class FromFiles(ColorEncoder):
     """Opens pictures as `Encoder` does."""
 
     def encode_images(self, images, *, batch_size=32):
-        opened = [prepare(open_image(image)[0], self.preprocessing) for image in images]
-        return self.encode_pixels(np.stack(opened))[0]
+        pixels = [
+            image if isinstance(image, np.ndarray) else prepare(open_image(image)[0], self.preprocessing)
+            for image in images
+        ]
+        return self.encode_pixels(np.stack(pixels))[0]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from mmsearch.errors import ModelError, ResourceError, UsageError
 from mmsearch.rerank.base import ImageSide, TextSide
 from mmsearch.rerank.checkpoint import RerankCheckpoint, load_rerank_model, save_reranker
 from mmsearch.rerank.reranker import Reranker, Words, _in_batches
+from mmsearch.rerank.run_torch import TorchRun
 from mmsearch.rerank.scores import Evidence
 from mmsearch.rerank.tokens import Patches, dequantise, pack, quantise, unpack
 from mmsearch.similarity import normalise
@@ -196,6 +197,22 @@ def test_a_fusion_of_rows_alone_needs_neither_words_nor_patches(tmp_path):
     assert np.array_equal(found, reranker.logits(words, text_rows, patches, image_rows, pairs=EVERY))
     assert found.std() > 1e-4
     assert reranker.attention(words, text_rows, patches, image_rows) is None
+
+
+@pytest.mark.parametrize(("fusion", "whole"), [("late-interaction", 1), ("cross-attention", 0)])
+def test_a_whole_table_gives_what_pairs_give(tmp_path, monkeypatch, fusion, whole):
+    """Many pairs of few sides come from one table, where the fusion makes it at once; a marked picture stays NaN."""
+    reranker = Reranker.load(tiny_reranker(tmp_path, fusion=fusion).directory)
+    words, text_rows, patches, image_rows = given(reranker)
+    patches.scales[1] = np.nan
+    one_by_one = reranker.logits(words, text_rows, patches, image_rows, pairs=EVERY[:-1])
+    tables, matrix = [], TorchRun.matrix
+    monkeypatch.setattr(TorchRun, "matrix", lambda self, sides: tables.append(sides) or matrix(self, sides))
+    monkeypatch.setattr("mmsearch.rerank.reranker._WORTH_TORCH", 3)
+    at_once = reranker.logits(words, text_rows, patches, image_rows, pairs=EVERY[:-1])
+    assert len(tables) == whole
+    assert np.isnan(at_once).sum() == 3
+    assert np.allclose(at_once, one_by_one, atol=1e-5, equal_nan=True)
 
 
 def test_a_batch_that_does_not_fit_is_halved():

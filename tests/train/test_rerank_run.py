@@ -14,6 +14,7 @@ from mmsearch.rerank.reranker import Reranker
 from mmsearch.towers.checkpoint import CARD, CONFIG
 from mmsearch.towers.stages import stages
 from mmsearch.train.rerank_run import train_reranker
+from mmsearch.train.run import train
 from mmsearch.types import SkipReason
 
 TINY = {"patch_dim": 8, "grid": 2, "hidden": 8, "bank": 16, "val_pictures": 8, "val_texts": 12, "depth": 8}
@@ -163,6 +164,21 @@ def test_a_fusion_of_rows_alone_starts_from_the_first_stage(pairs, plain_checkpo
     report = train_reranker(chosen(pairs, plain_checkpoint, rerank={"fusion": "gated", "bank": 0}, run=run), out)
     assert len(losses(out)) == 1
     assert report.comparison.after.figures() == report.comparison.before.figures()
+
+
+def test_no_epoch_fits_scores_alone(pairs, plain_checkpoint, learned, tmp_path):
+    """What is gone on with stays as it is; scores and cut-off are there, and nothing was kept or stepped."""
+    out = tmp_path / "o"
+    start = {"start": str(learned[0])}
+    report = train_reranker(chosen(pairs, plain_checkpoint, rerank=start, run={"epochs": 0, "views": 2}), out)
+    assert (report.steps, report.best_epoch, report.scoring.cutoff is not None) == (0, 0, True)
+    assert not (out / "curves.png").exists() and (out / "reliability.png").exists()
+    old, new = (load_rerank_model(RerankCheckpoint.open(one / "best")).state_dict() for one in (learned[0], out))
+    assert all(torch.equal(old[name], new[name]) for name in old if not name.endswith("_bank"))
+    with pytest.raises(UsageError, match=r"run\.epochs.*rerank\.start"):
+        train_reranker(chosen(pairs, plain_checkpoint, run={"epochs": 0}), tmp_path / "p")
+    with pytest.raises(UsageError, match=r"run\.epochs"):
+        train(chosen(pairs, plain_checkpoint, run={"epochs": 0}), tmp_path / "q")
 
 
 # Saying no

@@ -13,6 +13,7 @@ from mmsearch.rerank.base import ImageSide, TextSide
 from mmsearch.rerank.calibration import Temperature
 from mmsearch.rerank.config import RerankConfig
 from mmsearch.rerank.model import RerankModel
+from mmsearch.rerank.score_fitting import fit_scoring
 from mmsearch.rerank.scores import CASES, Case, Scoring
 from mmsearch.testing import COLORS, TINY_RERANK, tiny_dual_encoder
 from mmsearch.train.rerank_pictures import PictureReader
@@ -111,6 +112,29 @@ def test_captions_of_a_group_belong_to_all_its_pictures():
     assert len(false) == 11
     whole = known(held_out(groups=[0] * 6)).measure(name="a", scoring=scoring_of("logit"))
     assert whole.pairs.match.all()  # nothing is false where all is one group
+
+
+def test_probabilities_are_fitted_on_random_false_pairs_too():
+    """Hard ones are among a caption's best, random ones any; neither is of its group. Figures: of hard ones."""
+    held = held_out(groups=[0, 0, 1, 2, 3, 4])
+    validation = known(held, depth=2)
+    hard, random = validation._false_pairs()
+    best = np.argsort(-(held.texts @ held.images.T), axis=1)[:, :2]
+    for numbers in (hard, random):
+        text, image = numbers // 6, numbers % 6
+        assert (held.groups[image] != held.groups[held.owners[text]]).all() and len(np.unique(text)) == len(text)
+    assert (hard[:, None] % 6 == best[hard // 6]).any(axis=1).all()
+    assert len(random) == 11 and (random[:, None] % 6 != best[random // 6]).all(axis=1).any()
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        fitted = fit_scoring
+        patch.setattr(
+            "mmsearch.train.rerank_validation.fit_scoring",
+            lambda lists, pairs, **options: given.append(pairs) or fitted(lists, pairs, **options),
+        )
+        found = validation.measure(name="a")
+    assert len(given[0].match) == 11 + len(hard) + 11
+    assert len(found.pairs.match) == 11 + len(hard)
 
 
 # The real model
