@@ -8,13 +8,15 @@ Decisions:
 - A table's pairs are answered in its order, a batch at a time, so that a table may be longer than memory. In a batch
   every picture is decoded and every text encoded once.
 - Rows are pairs as they stand: nothing is joined, and a row's label is its own.
-- A picture that cannot be read costs its own pairs only; they are reported, and the others are answered.
+- A picture that cannot be read costs its own pairs only; they are reported, and the others are answered. Asked for
+  alone or in a list, such a picture is an error: there is nothing to put in its place.
+- A column that is called `label` and holds something else (names of classes) is no label. It is said once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +31,7 @@ from mmsearch.data.pairs import read_pairs
 from mmsearch.data.records import Record, locate
 from mmsearch.data.texts import OnSkip
 from mmsearch.encoder import to_pixels
-from mmsearch.errors import ModelError, UsageError
+from mmsearch.errors import InputError, ModelError, UsageError
 from mmsearch.evaluate.matching import evaluate_matching
 from mmsearch.rerank.calibration import probability_of
 from mmsearch.rerank.commonness import rarity as rarity_of
@@ -64,11 +66,15 @@ class PairToMatch:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An answer: `probability` in (0, 1) that the two match, and the `parts` it is made of (see `second_stage`)."""
+    """An answer: `probability` in (0, 1) that the two match, and the `parts` it is made of (see `second_stage`).
+
+    `cut`: the text is longer than the model reads, and only its beginning was used.
+    """
 
     pair: PairToMatch
     probability: float
     parts: dict[str, float]
+    cut: bool = False
 
     def to_json(self, *, threshold: float = 0.5) -> dict[str, Any]:
         """JSON values; `match`: whether the probability reaches the threshold."""
@@ -114,7 +120,8 @@ class Matcher:
         """(n) pictures and (n) texts, pair by pair -> (n,) probabilities in (0, 1) that they match.
 
         A picture is a PIL image, (h, w, 3) uint8 pixels or a path. Raises `ImageError` for one that cannot be read,
-        `UsageError` for lists of unequal length and empty texts.
+        `ModelError` for one that the model gives no numbers for, `UsageError` for lists of unequal length and empty
+        texts.
         """
         if isinstance(texts, str) or len(pictures) != len(texts):
             got = "one str" if isinstance(texts, str) else f"{len(pictures)} pictures and {len(texts)} texts"
@@ -123,16 +130,19 @@ class Matcher:
         for low in range(0, len(texts), AT_ONCE):
             part = slice(low, low + AT_ONCE)
             pixels = [to_pixels(picture, self.encoder.preprocessing) for picture in pictures[part]]
-            evidence, _ = self._evidence(np.stack(pixels), np.arange(len(pixels)), texts[part])
+            evidence, usable = self._evidence(np.stack(pixels), np.arange(len(pixels)), texts[part])
+            _require(usable, first=low)
             found[part] = self._final(evidence)
         return probability_of(found)
 
     def match_one(self, picture: os.PathLike[str], text: str) -> Match:
         """The answer for one picture file and one text, with its parts. Raises as `match`."""
         pixels = to_pixels(picture, self.encoder.preprocessing)
-        evidence, _ = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
+        evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         pair = PairToMatch(os.fspath(picture), text)
-        return Match(pair, float(probability_of(self._final(evidence))[0]), self._parts(evidence)[0])
+        _require(usable, first=pair.image)
+        cut = self.encoder.truncated([text])[0]
+        return Match(pair, float(probability_of(self._final(evidence))[0]), self._parts(evidence)[0], cut)
 
     def match_pairs(
         self, pairs: Iterable[PairToMatch], *, workers: int | None = None, batch_size: int = AT_ONCE
@@ -161,8 +171,9 @@ class Matcher:
             good = np.flatnonzero(usable)
             evidence = evidence.take(good)
             p, parts = probability_of(self._final(evidence)), self._parts(evidence)
+            cut = self.encoder.truncated([pair.text for pair in able])
             for row, place in enumerate(good.tolist()):
-                answers[id(able[place])] = Match(able[place], float(p[row]), parts[row])
+                answers[id(able[place])] = Match(able[place], float(p[row]), parts[row], cut[place])
         for pair in batch:
             if (answer := answers.get(id(pair))) is not None:
                 yield answer
@@ -199,6 +210,13 @@ class Matcher:
         return shown_parts(evidence, self.reranker.scoring)
 
 
+def _require(usable: NDArray[np.bool_], *, first: int | str) -> None:
+    """`ModelError` for the first picture without numbers; `first`: its path, or the number of the first one."""
+    if not usable.all():
+        where = first if isinstance(first, str) else f"picture {first + int(np.argmin(usable))}"
+        raise ModelError(where, expected="finite numbers of the model", got="NaN, infinity or no direction")
+
+
 class Tally:
     """How good answers are, where the data has labels. `threshold`: from which probability on the answer is yes."""
 
@@ -230,12 +248,34 @@ class Tally:
             yield from evaluate_matching(p, y, clusters=clusters, model=self._model).lines()
 
 
-def read_pairs_to_match(path: str, *, on_skip: OnSkip) -> Iterator[PairToMatch]:
+def read_pairs_to_match(
+    path: str, *, on_skip: OnSkip, on_note: Callable[[str], None] = lambda text: None
+) -> Iterator[PairToMatch]:
     """Pairs of a table with a picture and a text in each row, a data set, or a folder with side-car captions.
 
     What `data.pairs.read_pairs` reads, row by row; a column `label` (or `match`) of 0 and 1, no and yes, false and true
-    says whether they match. Rows that cannot be used go to `on_skip`. Raises `InputError` when there is no such path.
+    says whether they match; other values are none, which `on_note` is told once. Rows that cannot be used go to
+    `on_skip`. Raises `InputError` when there is no such path, or nothing to match in it.
     """
+    count = 0
+
+    def skip(skipped: Skipped) -> None:
+        nonlocal count
+        count += 1
+        on_skip(skipped)
+
+    for pair in _read(path, on_skip=skip, on_note=on_note):
+        count += 1
+        yield pair
+    if not count:
+        folder = os.path.isdir(path)
+        raise InputError(
+            path, expected="pictures with texts", got="none",
+            do="Put captions in a.txt beside a.jpg, or name a table." if folder else "Add rows with a picture and a text.",
+        )  # fmt: skip
+
+
+def _read(path: str, *, on_skip: OnSkip, on_note: Callable[[str], None]) -> Iterator[PairToMatch]:
     absolute = os.path.abspath(path)
     kind = formats.sniff_folder(absolute) if os.path.isdir(absolute) else formats.sniff(absolute)
     if kind is None or not (os.path.lexists(absolute) or formats.is_pattern(absolute)):
@@ -243,27 +283,28 @@ def read_pairs_to_match(path: str, *, on_skip: OnSkip) -> Iterator[PairToMatch]:
             yield from (PairToMatch(pair.image, caption) for caption in pair.captions)
         return
     records, finder = formats.open_table(absolute, format=kind, on_skip=on_skip)
+    told = False
     for record in records:
         where = f"{path}:{record.line}"
         if (record.image is None and record.place is None) or not record.captions:
             on_skip(Skipped(where, SkipReason.BAD_ROW, "no text" if record.captions == () else "no picture"))
             continue
-        try:
-            label = _label_of(record)
-        except ValueError as error:
-            on_skip(Skipped(where, SkipReason.BAD_ROW, str(error)))
-            continue
+        label, strange = _label_of(record)
+        if strange and not told:
+            told = True
+            on_note(f"{where}: {strange} is no label (1 or 0, yes or no, true or false); such rows have none")
         found = locate(absolute, record, finder=finder, on_skip=on_skip)
         if found is not None:
             yield from (PairToMatch(found[0], caption, label) for caption in record.captions)
 
 
-def _label_of(record: Record) -> bool | None:
-    """What a row says; None when it says nothing, `ValueError` for something else."""
+def _label_of(record: Record) -> tuple[bool | None, str]:
+    """What a row says, None when it says nothing, and what it says instead ("" for nothing)."""
+    strange = ""
     for name, value in record.metadata.items():
         if name.strip().lower() in LABEL_COLUMNS and value not in (None, ""):
             label = _LABELS.get(str(value).strip().lower())
-            if label is None:
-                raise ValueError(f"a label of 0 or 1 expected, got {str(value)[:40]!r}")
-            return label
-    return None
+            if label is not None:
+                return label, ""
+            strange = strange or repr(str(value)[:40])
+    return None, strange

@@ -99,28 +99,32 @@ def test_towers_and_re_ranker_must_belong_together():
 
 
 def test_a_table_is_read_row_by_row_with_its_labels(tmp_path):
-    """Two rows of one picture keep their own labels; rows that say nonsense are reported with their line."""
+    """Two rows of one picture keep their own labels; broken rows are reported, and once that a value is no label."""
     red, blue = saved(tmp_path, "red", "blue")
     skipped: list[Skipped] = []
+    notes: list[str] = []
     path = table(
         tmp_path,
         {"image": "red.png", "text": "red", "label": 1},
         {"image": "blue.png", "text": "blue", "label": "Yes"},
         {"image": "red.png", "text": "blue", "label": False},
         {"image": "red.png", "text": "maybe", "label": "perhaps"},
+        {"image": "red.png", "text": "or not", "label": "dog"},
         {"image": "red.png", "captions": ["one", "two"]},
         {"text": "no picture"},
         {"image": "gone.png", "text": "red"},
         {"image": "red.png"},
     )
-    found = list(read_pairs_to_match(path, on_skip=skipped.append))
+    found = list(read_pairs_to_match(path, on_skip=skipped.append, on_note=notes.append))
     assert found == [
         PairToMatch(str(red), "red", True), PairToMatch(str(blue), "blue", True), PairToMatch(str(red), "blue", False),
-        PairToMatch(str(red), "one"), PairToMatch(str(red), "two"),
+        PairToMatch(str(red), "maybe"), PairToMatch(str(red), "or not"), PairToMatch(str(red), "one"),
+        PairToMatch(str(red), "two"),
     ]  # fmt: skip
     assert [one.detail.split(",")[0] for one in skipped] == [
-        "a label of 0 or 1 expected", "no picture", "named in line 7 of pairs.jsonl", "no text",
+        "no picture", "named in line 8 of pairs.jsonl", "no text",
     ]  # fmt: skip
+    assert notes == [f"{path}:4: 'perhaps' is no label (1 or 0, yes or no, true or false); such rows have none"]
 
 
 def test_csv_and_folders_are_pairs_too(tmp_path):
@@ -142,6 +146,50 @@ def test_csv_and_folders_are_pairs_too(tmp_path):
     for wrong in ("photo.png", "gone.csv"):
         with pytest.raises(InputError):
             list(read_pairs_to_match(str(tmp_path / wrong), on_skip=skipped.append))
+
+
+@pytest.mark.parametrize("name", ["empty.csv", "empty.jsonl", "folder"])
+def test_nothing_to_match_is_an_error(tmp_path, name):
+    """A folder without captions, a table without rows: no output and exit 0 would say that all is well."""
+    (tmp_path / "folder").mkdir()
+    saved(tmp_path / "folder", "red")
+    (tmp_path / "empty.csv").write_text("image,text\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InputError):
+        list(read_pairs_to_match(str(tmp_path / name), on_skip=lambda skipped: None))
+
+
+@pytest.mark.parametrize("broken", ["direction", "patches"])
+def test_a_picture_that_the_model_makes_nothing_of_is_an_error(tmp_path, broken):
+    """Its row has no direction, or its patches are NaN; among many pairs it costs its own only."""
+
+    class NoRows(ColorEncoder):
+        def encode_pixels(self, pixels, **options):
+            rows, usable = super().encode_pixels(pixels, **options)
+            return np.where(usable[:, None] & (pixels.max(axis=(1, 2, 3)) < 1)[:, None], 0, rows), pixels.max(axis=(1, 2, 3)) > 0
+
+    class NoPatches(ColorReranker):
+        def logits(self, words, text_rows, patches, image_rows, *, pairs, **options):
+            found = super().logits(words, text_rows, patches, image_rows, pairs=pairs, **options)
+            return np.where(image_rows[pairs[:, 1]].argmax(axis=1) == list(COLORS).index("black"), np.nan, found)
+
+    matcher = Matcher(NoRows(), ColorReranker()) if broken == "direction" else Matcher(ColorEncoder(), NoPatches())
+    red, black = saved(tmp_path, "red", "black")
+    with pytest.raises(ModelError, match="picture 1"):
+        matcher.match([red, black], ["red", "black"])
+    with pytest.raises(ModelError, match=r"black\.png"):
+        matcher.match_one(black, "black")
+    found = list(matcher.match_pairs([PairToMatch(str(red), "red"), PairToMatch(str(black), "black")], workers=1))
+    assert found[0].probability > 0.99 and found[1].reason is SkipReason.BAD_EMBEDDING
+
+
+def test_a_text_that_was_cut_is_marked(matcher, tmp_path):
+    """Alone and among others."""
+    (path,) = saved(tmp_path, "red")
+    long = "red " * (matcher.encoder.max_tokens + 1)
+    assert matcher.match_one(path, long).cut and not matcher.match_one(path, "red").cut
+    found = matcher.match_pairs([PairToMatch(str(path), "red"), PairToMatch(str(path), long)], workers=1)
+    assert [one.cut for one in found] == [False, True]
 
 
 def answer(label: bool | None, probability: float, image: str = "a") -> Match:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mmsearch.types import Skipped
 
 _SHOWN_SKIPS = 20
+_ADD = "Add a text: mmsearch match"
 
 
 @guarded()
@@ -41,11 +43,23 @@ def match(
         raise UsageError("TEXT", expected="some words", got="nothing", do='Try: mmsearch match photo.jpg "a dog"')
     if not what.strip():
         raise UsageError("PICTURE|PAIRS", expected="a path", got="nothing")
+    if text is None and _is_picture(what):
+        raise UsageError("TEXT", expected="what the picture might show", got="nothing", do=f'{_ADD} {shlex.quote(what)} "..."')
     matcher: Matcher = ctx.obj.matcher(model, device=device.value)
     if text is None:
         _many(matcher, what, threshold=threshold, batch_size=batch_size or 64, workers=workers, json=json)
     else:
-        _show(matcher.match_one(Path(what), text), threshold=threshold, json=json, alone=True)
+        answer = matcher.match_one(Path(what), text)
+        _show(answer, threshold=threshold, json=json, alone=True)
+        if answer.cut:
+            say(f"the text is longer than {matcher.encoder.max_tokens} tokens; only its beginning was used")
+
+
+def _is_picture(what: str) -> bool:
+    """Whether a name is that of a picture rather than of a table."""
+    from mmsearch.data.sniffing import PICTURE_EXTENSIONS
+
+    return os.path.splitext(what)[1].lower() in PICTURE_EXTENSIONS
 
 
 def _many(matcher: Matcher, path: str, *, threshold: float, batch_size: int, workers: int | None, json: bool) -> None:
@@ -54,21 +68,29 @@ def _many(matcher: Matcher, path: str, *, threshold: float, batch_size: int, wor
     from mmsearch.types import Skipped as SkippedPair
 
     skipped: list[Skipped] = []
+    notes: list[str] = []
+    cut = 0
     tally = Tally(matcher.reranker.name, threshold=threshold)
     with Bar("matching", unit="pairs") as bar:
         bar.start(None)
-        pairs = read_pairs_to_match(path, on_skip=skipped.append)
+        pairs = read_pairs_to_match(path, on_skip=skipped.append, on_note=notes.append)
         for answer in matcher.match_pairs(pairs, workers=workers, batch_size=batch_size):
             bar.advance(1)
             if isinstance(answer, SkippedPair):
                 skipped.append(answer)
                 continue
             tally.add(answer)
+            cut += answer.cut
             _show(answer, threshold=threshold, json=json)
     for one in skipped[:_SHOWN_SKIPS]:
         say(f"skipped {one.path}: {one.reason} {one.detail}".rstrip())
     if skipped:
         say(f"{plural(tally.answered, 'pair')} answered, {len(skipped)} skipped")
+    for note in notes:
+        say(note)
+    if cut:
+        limit = f"longer than {matcher.encoder.max_tokens} tokens"
+        say(f"{plural(cut, 'pair')} with a text {limit}; only its beginning was used")
     for line in tally.lines():
         say(line)
 

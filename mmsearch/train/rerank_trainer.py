@@ -88,7 +88,7 @@ class RerankTrainer:
         per_epoch = batches_in_epoch(examples.repeats, run.batch_size, origins=self._origins)
         self.steps = min(run.max_steps or _MOST_SEEDS, per_epoch * run.epochs)
         warmup = round(run.warmup * self.steps)
-        self._schedule = Schedule(self.steps, warmup=warmup, kind=run.schedule, floor=run.floor)
+        self._schedule = Schedule(max(1, self.steps), warmup=warmup, kind=run.schedule, floor=run.floor)
         self.progress = Progress(digest=parts.digest)
 
     def resume(self) -> bool:

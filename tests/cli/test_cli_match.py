@@ -76,6 +76,22 @@ def test_what_cannot_be_asked_is_a_usage_error(mmsearch, args):
 
 def test_a_picture_that_is_broken_or_stands_alone_is_one_clear_line(mmsearch, library):
     """Exit 1: it cannot be read; a picture is no table."""
-    for args in (("bad.png", "red"), ("red.png",), ("gone.csv",)):
+    Path("empty.csv").write_text("image,text\n")
+    for args, code in ((("bad.png", "red"), 1), (("red.png",), 2), (("gone.csv",), 1), (("empty.csv",), 1), ((".",), 1)):
         ended = mmsearch("match", *args, library=library)
-        assert (ended.code, len(ended.err_lines), ended.out) == (1, 1, "")
+        assert (ended.code, len(ended.err_lines), ended.out) == (code, 1, "")
+    assert mmsearch("match", "my red.png", library=library).err.endswith(
+        "Add a text: mmsearch match 'my red.png' \"...\"\n"
+    )
+
+
+def test_notes_are_said_once(mmsearch, library):
+    """Labels that are none, texts longer than the model reads; the answers are there all the same."""
+    long = "red " * (ColorEncoder().max_tokens + 1)
+    Path("pairs.csv").write_text(f"image,text,label\nred.png,{long},dog\nred.png,{long},cat\n")
+    ended = mmsearch("match", "pairs.csv", "--workers", "1", library=library)
+    assert (ended.code, len(ended.out.splitlines()), len(ended.err_lines)) == (0, 2, 2)
+    assert "'dog' is no label" in ended.err_lines[0]
+    assert ended.err_lines[1].startswith("2 pairs with a text longer than")
+    ended = mmsearch("match", "red.png", long, library=library)
+    assert (ended.code, len(ended.err_lines)) == (0, 1) and "only its beginning" in ended.err

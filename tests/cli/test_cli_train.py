@@ -100,7 +100,7 @@ def test_without_a_folder_to_write_to_nothing_begins(mmsearch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--epochs", "0"],
+        ["--epochs", "-1"],
         ["--batch-size", "1"],
         ["--lr", "fast"],
         ["--device", "tpu"],

@@ -78,7 +78,7 @@ def test_a_value_of_another_type_is_an_error_that_names_it(section, values):
 @pytest.mark.parametrize(
     ("section", "values"),
     [
-        ("run", {"epochs": 0}), ("run", {"lr": 0}), ("run", {"lr": -1}), ("run", {"lr": float("nan")}),
+        ("run", {"epochs": -1}), ("run", {"lr": 0}), ("run", {"lr": -1}), ("run", {"lr": float("nan")}),
         ("run", {"warmup": 2}), ("run", {"ema": 1}), ("run", {"schedule": "cosin"}), ("run", {"precision": "int8"}),
         ("run", {"betas": [0.9, 1.0]}), ("run", {"views": -2}), ("run", {"accumulate": 0}), ("run", {"seed": 2**63}),
         ("run", {"clip": -1}), ("run", {"feature_dropout": 1}), ("objective", {"name": "info_nc"}),
