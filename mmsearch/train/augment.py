@@ -25,6 +25,7 @@ _SIDES = re.compile(
     r"\b(left|right|leftmost|rightmost|east|west|text|sign|reads?|words?|letters?|number)\b", re.IGNORECASE
 )
 _CROP_TRIES = 10
+_COLOURS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,38 @@ def names_a_side(captions: Iterable[str]) -> bool:
     return any(_SIDES.search(caption) for caption in captions)
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnView:
+    """What a seed says of a view. `box`: left, top, width, height in pixels of the picture that it was drawn for.
+
+    `colour`: factors of brightness, contrast and saturation, applied in this order; empty for none.
+    """
+
+    box: tuple[int, int, int, int]
+    mirrored: bool
+    colour: tuple[float, ...]
+
+
+def draw_view(
+    size: tuple[int, int], settings: Augmentation, draw: random.Random, *, may_flip: bool = True
+) -> DrawnView:
+    """The view of a picture of `size` (width, height) that these random numbers give, RandAugment not counted."""
+    box = _random_box(size, settings, draw)
+    mirrored = draw.random() < settings.flip and may_flip
+    low, high = 1 - settings.colour, 1 + settings.colour
+    return DrawnView(box, mirrored, tuple(draw.uniform(low, high) for _ in _COLOURS) if settings.colour else ())
+
+
 def augment_image(image: Image.Image, settings: Augmentation, *, seed: int, may_flip: bool = True) -> Image.Image:
     """One random view of an RGB picture, of any size; the same `seed` gives the same view."""
     draw = random.Random(seed)
-    view = _random_crop(image, settings, draw)
-    if draw.random() < settings.flip and may_flip:
+    drawn = draw_view(image.size, settings, draw, may_flip=may_flip)
+    left, top, wide, high = drawn.box
+    view = image if (wide, high) == image.size else image.crop((left, top, left + wide, top + high))
+    if drawn.mirrored:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if settings.colour:
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            view = enhance(view).enhance(draw.uniform(1 - settings.colour, 1 + settings.colour))
+    for enhance, factor in zip(_COLOURS, drawn.colour, strict=False):
+        view = enhance(view).enhance(factor)
     return _randaugment(view, settings.randaugment, draw)
 
 
@@ -81,19 +105,20 @@ def drop_words(caption: str, probability: float, *, seed: int) -> str:
     return " ".join(kept or words[:1]) if len(words) > 1 else caption
 
 
-def _random_crop(image: Image.Image, settings: Augmentation, draw: random.Random) -> Image.Image:
+def _random_box(
+    size: tuple[int, int], settings: Augmentation, draw: random.Random
+) -> tuple[int, int, int, int]:
     """Random area and shape, as in Szegedy et al. 2014 (Inception), around the photo's own shape."""
+    width, height = size
     if settings.crop >= 1.0:
-        return image
-    width, height = image.size
+        return 0, 0, width, height
     for _ in range(_CROP_TRIES):
         area = width * height * draw.uniform(settings.crop, 1.0)
         shape = width / height * math.exp(draw.uniform(-math.log(settings.ratio), math.log(settings.ratio)))
         wide, high = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < wide <= width and 0 < high <= height:
-            left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
-            return image.crop((left, top, left + wide, top + high))
-    return image
+            return draw.randint(0, width - wide), draw.randint(0, height - high), wide, high
+    return 0, 0, width, height
 
 
 def _randaugment(image: Image.Image, operations: int, draw: random.Random) -> Image.Image:

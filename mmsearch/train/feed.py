@@ -40,10 +40,11 @@ _MAY_PASS = frozenset({SkipReason.VANISHED, SkipReason.UNREADABLE, SkipReason.CH
 
 @dataclass(slots=True)
 class Batch:
-    """What one step trains on; place i of everything belongs to `draws[i]`.
+    """What one step trains on; picture i belongs to `draws[i]`, text j to picture `owners[j]`.
 
-    `images`: (b, s, s, 3) uint8. `ids`, `mask`: (b, t) int64, padded to the longest, mask 1 for tokens.
-    `groups`: (b,) int64, equal for pictures of one group. `captions`: (b) as they were tokenised.
+    `images`: (b, s, s, 3) uint8. `groups`: (b,) int64, equal for pictures of one group. n texts, n >= b, those of a
+    picture side by side and the drawn one first: `ids`, `mask` (n, t) int64, padded to the longest, mask 1 for tokens;
+    `captions` (n) as they were tokenised; `owners` (n,) int64.
     """
 
     draws: list[Draw]
@@ -52,12 +53,14 @@ class Batch:
     mask: Tensor
     groups: Tensor
     captions: list[str]
+    owners: Tensor
 
 
 class PixelFeed:
     """Makes batches of `pairs`. A context manager; for one thread at a time.
 
-    `augmentation`: how far views and captions vary, None for the plain ones. `workers`: decoding processes, started
+    `augmentation`: how far views and captions vary, None for the plain ones. `captions`: of a picture in a step, at
+    most, where it has as many. `workers`: decoding processes, started
     when first needed; 0 decodes in the caller's thread, None takes one a core. `on_skip` hears of each picture that
     cannot be used, once, when its batch is handed out. `timeout_s`: the longest one picture may take in a worker.
     """
@@ -71,10 +74,11 @@ class PixelFeed:
         augmentation: Augmentation | None,
         workers: int | None,
         on_skip: Callable[[Skipped], None],
+        captions: int = 1,
         timeout_s: float = 20.0,
     ) -> None:
         self._pairs, self._preprocessing, self._tokeniser = pairs, preprocessing, tokeniser
-        self._augmentation, self._on_skip = augmentation, on_skip
+        self._augmentation, self._on_skip, self._count = augmentation, on_skip, captions
         self._groups = numbered(pair.group for pair in pairs)
         self._unfit: set[int] = set()
         self._told: set[int] = set()
@@ -140,19 +144,34 @@ class PixelFeed:
 
     def _request(self, draw: Draw) -> Request:
         pair = self._pairs[draw.row]
-        may_flip = not names_a_side([pair.captions[draw.caption]])
+        may_flip = may_be_mirrored(pair, draw, count=self._count)
         return draw.row, pair.image, view_of(self._augmentation, seed=draw.seed, may_flip=may_flip)
 
     def _batch(self, draws: list[Draw], images: Pixels) -> Batch:
-        captions = [self._caption(draw) for draw in draws]
-        ids, mask = self.tokens(captions)
-        groups = torch.from_numpy(self._groups[[draw.row for draw in draws]])
-        return Batch(draws, torch.from_numpy(images), ids, mask, groups, captions)
+        return self.batch_of(draws, torch.from_numpy(images))
 
-    def _caption(self, draw: Draw) -> str:
-        caption = self._pairs[draw.row].captions[draw.caption]
-        probability = self._augmentation.word_drop if self._augmentation else 0.0
-        return drop_words(caption, probability, seed=draw.seed) if probability else caption
+    def batch_of(self, draws: list[Draw], images: Tensor) -> Batch:
+        """The batch of these draws, whose pictures are `images` (b, ...)."""
+        owners, captions = self.said(draws)
+        ids, mask = self.tokens(captions)
+        return Batch(draws, images, ids, mask, self.groups_of(draws), captions, owners)
+
+    def groups_of(self, draws: Sequence[Draw]) -> Tensor:
+        """(b,) int64: the group of each draw's picture."""
+        return torch.from_numpy(self._groups[[draw.row for draw in draws]])
+
+    def said(self, draws: Sequence[Draw]) -> tuple[Tensor, list[str]]:
+        """The texts of the pictures that were drawn, words dropped: owners (n,) int64, captions (n)."""
+        drop = self._augmentation.word_drop if self._augmentation else 0.0
+        owners: list[int] = []
+        captions: list[str] = []
+        for place, draw in enumerate(draws):
+            pair = self._pairs[draw.row]
+            for turn, number in enumerate(captions_of(pair, draw, count=self._count)):
+                caption = pair.captions[number]
+                captions.append(drop_words(caption, drop, seed=draw.seed + turn) if drop else caption)
+                owners.append(place)
+        return torch.tensor(owners, dtype=torch.int64), captions
 
     def _report(self, draw: Draw, skipped: Skipped) -> None:
         if skipped.reason not in _MAY_PASS:
@@ -160,6 +179,17 @@ class PixelFeed:
         if draw.row not in self._told:
             self._told.add(draw.row)
             self._on_skip(skipped)
+
+
+def captions_of(pair: Pair, draw: Draw, *, count: int) -> list[int]:
+    """Which captions of a pair are said in this draw: the drawn one and those after it, `count` at most."""
+    there = len(pair.captions)
+    return [(draw.caption + turn) % there for turn in range(min(count, there))]
+
+
+def may_be_mirrored(pair: Pair, draw: Draw, *, count: int) -> bool:
+    """Whether none of the captions of this draw would become false (`names_a_side`)."""
+    return not names_a_side([pair.captions[number] for number in captions_of(pair, draw, count=count)])
 
 
 def plain_pixels(

@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmsearch.train.augment import Augmentation, drop_words
-from mmsearch.train.batches import Draw, numbered
+from mmsearch.train.batches import Draw
 from mmsearch.train.encoding import Texts
-from mmsearch.train.feed import Batch, PixelFeed
+from mmsearch.train.feed import Batch, PixelFeed, captions_of
 from mmsearch.train.prefix import KeptViews
 from mmsearch.types import Pair
 
@@ -42,44 +41,41 @@ class Feed(Protocol):
 
 
 class KeptFeed:
-    """Batches from `KeptViews`; `pixels` only tokenises.
+    """Batches from `KeptViews`; `pixels` only says and tokenises the captions.
 
-    `texts`: all captions of `pairs` in order, where the text backbone does not learn: a batch then holds their pooled
-    features (b, w) in the place of ids.
+    `texts`: all captions of `pairs` in order, where the text backbone does not learn: a batch then holds the pooled
+    features (n, w) of those that are said, `captions` of a picture at most, in the place of ids.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, augmentation: Augmentation | None,
+        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, captions: int = 1,
         texts: Texts | None = None,
     ) -> None:  # fmt: skip
         self._texts = texts
         self._starts = list(itertools.accumulate((len(pair.captions) for pair in pairs), initial=0))
-        self._pairs, self._views, self._pixels = pairs, views, pixels
-        self._drop = augmentation.word_drop if augmentation else 0.0
-        self._groups = numbered(pair.group for pair in pairs)
+        self._pairs, self._views, self._pixels, self._captions = pairs, views, pixels, captions
 
     def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
         """As `Feed` says."""
         for draws in plan:
             kept = [draw for draw in draws if draw.row not in self._views.unfit]
-            captions = [self._caption(draw) for draw in kept]
-            ids, mask = self._tokens(kept, captions)
             images = self._views.read([d.row for d in kept], [d.seed for d in kept]) if kept else torch.zeros(0)
-            groups = torch.from_numpy(self._groups[[draw.row for draw in kept]])
-            yield Batch(kept, images, ids, mask, groups, captions)
+            batch = self._pixels.batch_of(kept, images)
+            if self._texts is not None:
+                batch.ids, batch.mask = self._pooled(kept)
+            yield batch
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _tokens(self, draws: Sequence[Draw], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if self._texts is None:
-            return self._pixels.tokens(captions)
-        rows = self._texts.pooled()[[self._starts[draw.row] + draw.caption for draw in draws]]
-        return rows, torch.ones(len(rows), 1, dtype=torch.int64)
-
-    def _caption(self, draw: Draw) -> str:
-        caption = self._pairs[draw.row].captions[draw.caption]
-        return drop_words(caption, self._drop, seed=draw.seed) if self._drop else caption
+    def _pooled(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        assert self._texts is not None  # for the type checker
+        places = [
+            self._starts[draw.row] + number
+            for draw in draws
+            for number in captions_of(self._pairs[draw.row], draw, count=self._captions)
+        ]
+        return self._texts.pooled()[places], torch.ones(len(places), 1, dtype=torch.int64)
 
 
 def joined_captions(pairs: Sequence[Pair]) -> list[Pair]:

@@ -55,7 +55,7 @@ from mmsearch.train.run import HELD_OUT, REPORT, SETTINGS, claimed, forget, reso
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.setup import Beginning
 from mmsearch.train.trainer import Watcher, digest_of, standing
-from mmsearch.train.workshop import AUTO_VIEWS, filled_views
+from mmsearch.train.workshop import AUTO_VIEWS, filled_views, resident_feed
 from mmsearch.types import Pair
 
 RELIABILITY = "reliability.png"
@@ -178,14 +178,14 @@ class _Job:
     def _feed(self, reader: PictureReader, *, views: int) -> Feed:
         bench = self.bench
         if not reader.keeps:
-            return self.pixels
+            return (bench.settings.run.epochs and resident_feed(bench, self.pixels)) or self.pixels
         kept = filled_views(
             bench, self.passes, views=1 if bench.settings.augment is None else views, count=reader.count
         )
         if kept is None:
             reader.keeps, self.passes.prefix, self.passes.compiled = False, None, None
             return self.pixels
-        return KeptFeed(bench.examples.train, kept, pixels=self.pixels, augmentation=bench.settings.augment)
+        return KeptFeed(bench.examples.train, kept, pixels=self.pixels)
 
     def _held_out(self) -> tuple[HeldOut, np.ndarray]:
         """Rows of the held-out pairs, without maps yet, and the pixels of their pictures."""

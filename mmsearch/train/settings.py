@@ -36,13 +36,15 @@ _MAX_RECIPE = 1 << 20
 class Data:
     """`val_share`: share of the groups held out where the data names no validation split. `limit`: pairs at most.
 
-    `mixed`: pairs of several sources may meet in a batch; False: each batch is of one source.
+    `mixed`: pairs of several sources may meet in a batch; False: each batch is of one source. `captions`: of a picture
+    in one step, at most, where it has several; the picture is encoded once for all of them.
     """
 
     val_share: float = 0.1
     limit: int | None = None
     workers: int | None = None
     mixed: bool = True
+    captions: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ class Run:
     validation score before the run stops, 0 for never. `ema`: decay of the average, 0 for none. `wise`: choose the
     share between the weights before and after on the validation split. `views`: random views a picture that are kept
     on disk, as outputs of the image tower's frozen first stages; 0 decodes anew each time, -1 decides by the device.
-    `graphs`: ONNX graphs beside the checkpoint, for queries without torch.
+    `resident`: on a GPU, hold the pictures in its memory where they fit. `graphs`: ONNX graphs beside the checkpoint,
+    for queries without torch.
     """
 
     epochs: int = 10
@@ -126,6 +129,7 @@ class Run:
     wise: bool = True
     views: int = -1
     views_folder: str = ""
+    resident: bool = True
     save_seconds: float = 60.0
     max_steps: int = 0
     seed: int = 0
@@ -196,6 +200,8 @@ class TrainSettings:
         _check_rerank(self.rerank)
         if self.data.workers is not None and self.data.workers < 0:
             raise UsageError("data.workers", expected="0 or more", got=str(self.data.workers))
+        if not 1 <= self.data.captions <= 1000:
+            raise UsageError("data.captions", expected="from 1 to 1000", got=str(self.data.captions))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `settings_from` takes them."""

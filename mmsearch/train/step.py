@@ -4,6 +4,8 @@ Decisions:
 - One path for big and small: with `chunk` both sides are cut and their gradients cached (`chunked`), without it each
   is one chunk, which is the plain way.
 - Groups and rows are gathered from all ranks before the objective sees them, so that a loss never knows of ranks.
+- Where a picture comes with several captions, its row is repeated beside each: the objective sees pairs, and of one
+  group none repels another. The picture is encoded once. A teacher and an item head look at the first caption alone.
 """
 
 from __future__ import annotations
@@ -77,6 +79,9 @@ class BatchGradient:
         """One batch; with `scale` applied to its loss before the backward pass. Returns the unscaled loss."""
         parts = self._parts
         groups = parts.ranks.gather_rows(batch.groups.to(parts.passes.device))
+        owners = batch.owners.to(parts.passes.device)
+        owned = parts.ranks.gather_rows(batch.groups.to(parts.passes.device)[owners])
+        first = torch.searchsorted(owners, torch.arange(len(batch.draws), device=owners.device))
         sides = [
             self._side(lambda piece: parts.passes.texts(*piece), self._model.text, batch.ids, batch.mask),
             self._side(lambda piece: parts.passes.images(*piece), self._model.image, batch.images),
@@ -86,10 +91,15 @@ class BatchGradient:
             sides.append(self._side(lambda piece: parts.passes.texts(*piece), self._model.text, *items[0]))
 
         def loss(texts: Tensor, images: Tensor, *others: Tensor) -> Tensor:
-            texts, images = parts.ranks.gather_rows(texts), parts.ranks.gather_rows(images)
             scale_now = self._model.logit_scale
+            value: Tensor = parts.objective(
+                parts.ranks.gather_rows(texts), parts.ranks.gather_rows(images[owners]), scale_now, text_groups=owned,
+                image_groups=owned,
+            )  # fmt: skip
+            if parts.taught is None and items is None:
+                return value
+            texts, images = parts.ranks.gather_rows(texts[first]), parts.ranks.gather_rows(images)
             named = {"text_groups": groups, "image_groups": groups}
-            value: Tensor = parts.objective(texts, images, scale_now, **named)
             if parts.taught is not None:
                 taught = [parts.ranks.gather_rows(rows.to(texts.device)) for rows in parts.taught.rows(batch.draws)]
                 value = value + parts.taught.loss(

@@ -3,6 +3,7 @@
 Decisions:
 - Pictures are kept as outputs of frozen stages where that is wanted, possible and worth it: on a CPU by default, and
   only while one process trains and nothing in front of the cut can change.
+- On a GPU all pictures are held in its memory where they fit (`resident`); else they are decoded at each step.
 - A teacher's rows are made once, of plain pictures: it may be any model that can encode.
 """
 
@@ -31,12 +32,15 @@ from mmsearch.train.parameters import first_trained_stage
 from mmsearch.train.pictures import Feed, KeptFeed, joined_captions
 from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix, KeptViews
 from mmsearch.train.prefix_graph import compiled_prefix
+from mmsearch.train.resident import Canvases, ResidentFeed, canvas_of
 from mmsearch.train.settings import TrainSettings
 from mmsearch.train.step import BatchGradient, StepParts, Taught
 from mmsearch.train.trainer import Workshop
 from mmsearch.train.validation import Validation
 
 AUTO_VIEWS = 4
+_RESIDENT_SHARE = 0.4
+"""Of a GPU's free memory that pictures may take; the rest is for the step."""
 _FILL_BATCH = 64
 
 
@@ -52,6 +56,7 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
     pixels = PixelFeed(
         bench.examples.train, preprocessing=model.config.preprocessing, tokeniser=tokeniser,
         augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
+        captions=settings.data.captions,
     )  # fmt: skip
     stack.callback(pixels.close)
     objective = _objective(settings, dim=model.config.dim).to(device)
@@ -60,7 +65,8 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         keep_texts=settings.text.train in ("head", "none"),
     )  # fmt: skip
     taught = _taught(bench)
-    feed: Feed = _kept_feed(bench, passes, pixels) or pixels  # last: what is refused is refused before hours of it
+    # Last: what is refused is refused before hours of it.
+    feed: Feed = _kept_feed(bench, passes, pixels) or resident_feed(bench, pixels) or pixels
     if not start.known and objective.start_logit_scale is not None:
         nn.init.constant_(model.log_logit_scale, float(np.log(objective.start_logit_scale)))
     validation = None
@@ -121,7 +127,33 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
         bench.watcher.note(f"keeping {len(captions)} captions behind the frozen text backbone")
         texts = Texts(captions, passes, pixels.tokens, keep=True)
         texts.pooled()
-    return KeptFeed(pairs, views, pixels=pixels, augmentation=settings.augment, texts=texts)
+    return KeptFeed(pairs, views, pixels=pixels, captions=settings.data.captions, texts=texts)
+
+
+def resident_feed(bench: Bench, pixels: PixelFeed) -> ResidentFeed | None:
+    """Pictures held by the GPU, where it has the room and can make the views that are wanted."""
+    settings, model, pairs = bench.settings, bench.start.model, bench.examples.train
+    if not settings.run.resident or bench.ranks.device.type != "cuda":
+        return None
+    wanted = canvas_of(model.config.preprocessing, settings.augment)
+    free, _ = torch.cuda.mem_get_info(bench.ranks.device)
+    if wanted is None or len(pairs) * wanted.size**2 * 3 > _RESIDENT_SHARE * free:
+        return None
+    bench.watcher.note(f"holding {len(pairs)} pictures of {wanted.size} x {wanted.size} in the GPU's memory")
+    bench.watcher.start(len(pairs), what="pictures", unit="images")
+    filler = PixelFeed(
+        pairs, preprocessing=wanted, tokeniser=bench.start.tokeniser(), augmentation=None,
+        workers=settings.data.workers, on_skip=bench.skip,
+    )  # fmt: skip
+    with filler:
+        held = Canvases.filled(
+            filler.batches, count=len(pairs), size=wanted.size, batch_size=_FILL_BATCH, device=bench.ranks.device,
+            advance=bench.watcher.advance,
+        )  # fmt: skip
+    return ResidentFeed(
+        pairs, held, pixels=pixels, augmentation=settings.augment, size=model.config.preprocessing.size,
+        captions=settings.data.captions,
+    )  # fmt: skip
 
 
 def example_pixels(size: int) -> Tensor:

@@ -47,7 +47,7 @@ def feeds(folder, *, broken=(), augmentation=PLAIN, keep_texts=False):
     if keep_texts:
         texts = Texts([caption for pair in pairs for caption in pair.captions], one, tokens, keep=True)
     pixels = pixel_feed(pairs)
-    return KeptFeed(pairs, views, pixels=pixels, augmentation=augmentation, texts=texts), pixels, one
+    return KeptFeed(pairs, views, pixels=pixels, texts=texts), pixels, one
 
 
 def plan_of(pairs: int = 6):
@@ -60,7 +60,7 @@ def test_batches_are_those_of_a_feed_of_pixels(tmp_path):
     kept, pixels, one = feeds(tmp_path)
     for own, other in zip(kept.batches(plan_of()), pixels.batches(plan_of()), strict=True):
         assert (own.draws, own.captions) == (other.draws, other.captions)
-        for name in ("ids", "mask", "groups"):
+        for name in ("ids", "mask", "groups", "owners"):
             assert torch.equal(getattr(own, name), getattr(other, name))
         expected = one.prefix_outputs(other.images)  # all views are the plain one here
         assert (own.images.float() - expected).abs().max() < 0.01 * (1 + expected.abs().max())

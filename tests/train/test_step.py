@@ -22,7 +22,7 @@ def batch_of(count: int = COUNT) -> Batch:
     draws = [Draw(i, i % 2, i) for i in range(count)]
     captions = [PAIRS[draw.row].captions[draw.caption] for draw in draws]
     groups = torch.tensor([i % 5 for i in range(count)])
-    return Batch(draws, pixels(count), *tokens(captions), groups, captions)
+    return Batch(draws, pixels(count), *tokens(captions), groups, captions, torch.arange(count))
 
 
 def gradient_of(model, objective, **parts):
@@ -123,10 +123,47 @@ def test_captions_of_any_number_take_the_same_path():
     """A batch of forty is encoded in pieces by length, as one of six is at once."""
     model = tiny_dual_encoder()
     captions = some_captions(40)
-    batch = Batch([Draw(0, 0, 0)] * 40, pixels(40), *tokens(captions), torch.arange(40), captions)
+    batch = Batch([Draw(0, 0, 0)] * 40, pixels(40), *tokens(captions), torch.arange(40), captions, torch.arange(40))
     parts = StepParts(passes(model), InfoNce(), Ranks(), PAIRS, tokens)
     with torch.no_grad():
         rows = model.encode_texts(batch.ids, batch.mask), model.encode_images(batch.images)
         named = {"text_groups": batch.groups, "image_groups": batch.groups}
         expected = float(InfoNce()(*rows, model.logit_scale, **named))
     assert BatchGradient(parts).backward(batch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_several_captions_of_a_picture_are_pairs_of_their_own():
+    """The same loss and gradient as a batch that holds the picture once for each of its captions."""
+    model, draws = tiny_dual_encoder(), [Draw(i, 0, i) for i in range(3)]
+    captions = [caption for draw in draws for caption in PAIRS[draw.row].captions]
+    owners, images, groups = torch.arange(3).repeat_interleave(2), pixels(3), torch.arange(3)
+    once = Batch(draws, images, *tokens(captions), groups, captions, owners)
+    repeated = [Draw(draw.row, number, draw.seed) for draw in draws for number in (0, 1)]
+    each = Batch(repeated, images[owners], *tokens(captions), groups[owners], captions, torch.arange(6))
+    found = []
+    for batch, chunk in ((once, 0), (each, 0), (once, 2)):
+        model.zero_grad()
+        own = BatchGradient(StepParts(passes(model), InfoNce(), Ranks(), PAIRS, tokens, chunk=chunk))
+        loss = own.backward(batch)
+        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-5) and close(found[0][1], gradient, within=1e-3)
+
+
+def test_a_teacher_looks_at_the_first_caption_alone():
+    """Its part of the loss is that of a batch with one caption a picture."""
+    model, draws = tiny_dual_encoder(), [Draw(i, 0, i) for i in range(3)]
+    rng = np.random.default_rng(0)
+    rows = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(12, 8)).astype(np.float32)), dim=1)
+    taught = Taught(Distillation(1.0, 20.0), rows[:6], rows, torch.arange(0, 12, 2))
+    values = []
+    for count in (1, 2):
+        captions = [caption for draw in draws for caption in PAIRS[draw.row].captions[:count]]
+        owners = torch.arange(3).repeat_interleave(count)
+        batch = Batch(draws, pixels(3), *tokens(captions), torch.arange(3), captions, owners)
+        with_teacher, without = (
+            BatchGradient(StepParts(passes(model), InfoNce(), Ranks(), PAIRS, tokens, taught=one)).backward(batch)
+            for one in (taught, None)
+        )
+        values.append(with_teacher - without)
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
