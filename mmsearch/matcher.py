@@ -85,6 +85,7 @@ class Match:
             "probability": round(self.probability, 6),
             "match": self.probability >= threshold,
             **label,
+            **({"cut": True} if self.cut else {}),
             "parts": {name: round(value, 6) for name, value in self.parts.items()},
         }
 
@@ -131,7 +132,7 @@ class Matcher:
             part = slice(low, low + AT_ONCE)
             pixels = [to_pixels(picture, self.encoder.preprocessing) for picture in pictures[part]]
             evidence, usable = self._evidence(np.stack(pixels), np.arange(len(pixels)), texts[part])
-            _require(usable, first=low)
+            _require(usable, [f"picture {low + place}" for place in range(len(usable))])
             found[part] = self._final(evidence)
         return probability_of(found)
 
@@ -140,7 +141,7 @@ class Matcher:
         pixels = to_pixels(picture, self.encoder.preprocessing)
         evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         pair = PairToMatch(os.fspath(picture), text)
-        _require(usable, first=pair.image)
+        _require(usable, [pair.image])
         cut = self.encoder.truncated([text])[0]
         return Match(pair, float(probability_of(self._final(evidence))[0]), self._parts(evidence)[0], cut)
 
@@ -210,11 +211,13 @@ class Matcher:
         return shown_parts(evidence, self.reranker.scoring)
 
 
-def _require(usable: NDArray[np.bool_], *, first: int | str) -> None:
-    """`ModelError` for the first picture without numbers; `first`: its path, or the number of the first one."""
+def _require(usable: NDArray[np.bool_], names: Sequence[str]) -> None:
+    """`ModelError` for the first of the pictures, called `names`, that the model gives no numbers for."""
     if not usable.all():
-        where = first if isinstance(first, str) else f"picture {first + int(np.argmin(usable))}"
-        raise ModelError(where, expected="finite numbers of the model", got="NaN, infinity or no direction")
+        raise ModelError(
+            names[int(np.argmin(usable))], expected="finite numbers of the model", got="NaN, infinity or no direction",
+            do="Leave it out, or try --device cpu.",
+        )  # fmt: skip
 
 
 class Tally:
@@ -268,11 +271,9 @@ def read_pairs_to_match(
         count += 1
         yield pair
     if not count:
-        folder = os.path.isdir(path)
-        raise InputError(
-            path, expected="pictures with texts", got="none",
-            do="Put captions in a.txt beside a.jpg, or name a table." if folder else "Add rows with a picture and a text.",
-        )  # fmt: skip
+        table, folder = "Add rows with a picture and a text.", "Put captions in a.txt beside a.jpg, or name a table."
+        do = folder if os.path.isdir(path) else table
+        raise InputError(path, expected="pictures with texts", got="none", do=do)
 
 
 def _read(path: str, *, on_skip: OnSkip, on_note: Callable[[str], None]) -> Iterator[PairToMatch]:

@@ -166,7 +166,8 @@ def test_a_picture_that_the_model_makes_nothing_of_is_an_error(tmp_path, broken)
     class NoRows(ColorEncoder):
         def encode_pixels(self, pixels, **options):
             rows, usable = super().encode_pixels(pixels, **options)
-            return np.where(usable[:, None] & (pixels.max(axis=(1, 2, 3)) < 1)[:, None], 0, rows), pixels.max(axis=(1, 2, 3)) > 0
+            brightest = pixels.max(axis=(1, 2, 3))
+            return np.where(usable[:, None] & (brightest < 1)[:, None], 0, rows), brightest > 0
 
     class NoPatches(ColorReranker):
         def logits(self, words, text_rows, patches, image_rows, *, pairs, **options):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mmsearch.types import Skipped
 
 _SHOWN_SKIPS = 20
-_ADD = "Add a text: mmsearch match"
 
 
 @guarded()
@@ -42,9 +41,10 @@ def match(
     if text is not None and not text.strip():
         raise UsageError("TEXT", expected="some words", got="nothing", do='Try: mmsearch match photo.jpg "a dog"')
     if not what.strip():
-        raise UsageError("PICTURE|PAIRS", expected="a path", got="nothing")
+        raise UsageError("PICTURE|PAIRS", expected="a path", got="nothing", do="Name a picture or a table.")
     if text is None and _is_picture(what):
-        raise UsageError("TEXT", expected="what the picture might show", got="nothing", do=f'{_ADD} {shlex.quote(what)} "..."')
+        do = f'Add a text: mmsearch match {shlex.quote(what)} "..."'
+        raise UsageError("TEXT", expected="what the picture might show", got="nothing", do=do)
     matcher: Matcher = ctx.obj.matcher(model, device=device.value)
     if text is None:
         _many(matcher, what, threshold=threshold, batch_size=batch_size or 64, workers=workers, json=json)

@@ -1,8 +1,8 @@
 """Random views of a photo and of a caption: crop, flip, colour, RandAugment, word drop.
 
 Decisions:
-- A view is a function of its seed alone: not of the worker, the batch or the order. That makes a run repeatable
-  and lets views be kept on disk (`views`).
+- A view is a function of its seed alone: not of the worker, the batch or the order, nor, but for rounding, of the
+  photo's size. That makes a run repeatable and lets views be kept on disk (`views`) and made of copies (`resident`).
 - A crop keeps the photo's own shape to within `ratio`, because a photo of any shape is encoded by the same resize.
 - RandAugment is written with Pillow's operations: a library's would bring torch into every decode worker.
 - A photo whose caption speaks of left or right is never mirrored.
@@ -105,9 +105,7 @@ def drop_words(caption: str, probability: float, *, seed: int) -> str:
     return " ".join(kept or words[:1]) if len(words) > 1 else caption
 
 
-def _random_box(
-    size: tuple[int, int], settings: Augmentation, draw: random.Random
-) -> tuple[int, int, int, int]:
+def _random_box(size: tuple[int, int], settings: Augmentation, draw: random.Random) -> tuple[int, int, int, int]:
     """Random area and shape, as in Szegedy et al. 2014 (Inception), around the photo's own shape."""
     width, height = size
     if settings.crop >= 1.0:
@@ -117,7 +115,8 @@ def _random_box(
         shape = width / height * math.exp(draw.uniform(-math.log(settings.ratio), math.log(settings.ratio)))
         wide, high = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < wide <= width and 0 < high <= height:
-            return draw.randint(0, width - wide), draw.randint(0, height - high), wide, high
+            # Shares, not whole numbers: those take a count of random numbers that depends on the size.
+            return round(draw.random() * (width - wide)), round(draw.random() * (height - high)), wide, high
     return 0, 0, width, height
 
 

@@ -60,9 +60,9 @@ class PixelFeed:
     """Makes batches of `pairs`. A context manager; for one thread at a time.
 
     `augmentation`: how far views and captions vary, None for the plain ones. `captions`: of a picture in a step, at
-    most, where it has as many. `workers`: decoding processes, started
-    when first needed; 0 decodes in the caller's thread, None takes one a core. `on_skip` hears of each picture that
-    cannot be used, once, when its batch is handed out. `timeout_s`: the longest one picture may take in a worker.
+    most, where it has as many. `workers`: decoding processes, started when first needed; 0 decodes in the caller's
+    thread, None takes one a core. `on_skip` hears of each picture that cannot be used, once, when its batch is handed
+    out. `timeout_s`: the longest one picture may take in a worker.
     """
 
     def __init__(

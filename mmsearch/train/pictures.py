@@ -60,16 +60,16 @@ class KeptFeed:
         for draws in plan:
             kept = [draw for draw in draws if draw.row not in self._views.unfit]
             images = self._views.read([d.row for d in kept], [d.seed for d in kept]) if kept else torch.zeros(0)
-            batch = self._pixels.batch_of(kept, images)
-            if self._texts is not None:
-                batch.ids, batch.mask = self._pooled(kept)
-            yield batch
+            owners, captions = self._pixels.said(kept)
+            ids, mask = self._tokens(kept, captions)
+            yield Batch(kept, images, ids, mask, self._pixels.groups_of(kept), captions, owners)
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _pooled(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        assert self._texts is not None  # for the type checker
+    def _tokens(self, draws: Sequence[Draw], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if self._texts is None:
+            return self._pixels.tokens(captions)
         places = [
             self._starts[draw.row] + number
             for draw in draws

@@ -37,16 +37,19 @@ def rivals(groups: Tensor) -> Tensor:
     return groups.unsqueeze(1) != groups.unsqueeze(0)
 
 
-def draw_hard(cosines: Tensor, groups: Tensor, *, count: int, hardness: float) -> tuple[Tensor, Tensor]:
+def draw_hard(
+    cosines: Tensor, groups: Tensor, *, count: int, hardness: float, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rivals by softmax(hardness · cosine) without replacement: (b, k) pictures of texts, (b, k) texts of pictures.
 
     `cosines` (b, b) of texts and pictures in the first stage. k = min(count, b - 1); -1 where a row has too few rivals.
+    `first` (b,) bool: a picture that stands in several columns is drawn for a text only where this is True.
     Uses torch's global random numbers.
     """
     apart = rivals(groups)
     k = min(count, len(groups) - 1)
     found = []
-    for scores, allowed in ((cosines, apart), (cosines.T, apart.T)):
+    for scores, allowed in ((cosines, apart if first is None else apart & first), (cosines.T, apart.T)):
         noise = -torch.empty_like(scores).exponential_().log()  # Gumbel: the k best of noisy scores are such a draw
         noisy = torch.where(allowed, hardness * scores + noise, torch.full_like(scores, -torch.inf))
         best = noisy.topk(k, dim=1)

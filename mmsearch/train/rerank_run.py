@@ -124,6 +124,7 @@ class _Job:
         self.pixels = PixelFeed(
             bench.examples.train, preprocessing=towers.config.preprocessing, tokeniser=bench.start.tokeniser(),
             augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
+            captions=settings.data.captions,
         )  # fmt: skip
         stack.callback(self.pixels.close)
 
@@ -178,14 +179,16 @@ class _Job:
     def _feed(self, reader: PictureReader, *, views: int) -> Feed:
         bench = self.bench
         if not reader.keeps:
-            return (bench.settings.run.epochs and resident_feed(bench, self.pixels)) or self.pixels
+            # Without an epoch nothing is looked at, and nothing need be held.
+            held = resident_feed(bench, self.pixels) if bench.settings.run.epochs else None
+            return held or self.pixels
         kept = filled_views(
             bench, self.passes, views=1 if bench.settings.augment is None else views, count=reader.count
         )
         if kept is None:
             reader.keeps, self.passes.prefix, self.passes.compiled = False, None, None
             return self.pixels
-        return KeptFeed(bench.examples.train, kept, pixels=self.pixels)
+        return KeptFeed(bench.examples.train, kept, pixels=self.pixels, captions=bench.settings.data.captions)
 
     def _held_out(self) -> tuple[HeldOut, np.ndarray]:
         """Rows of the held-out pairs, without maps yet, and the pixels of their pictures."""

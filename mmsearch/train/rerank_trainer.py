@@ -26,7 +26,7 @@ from mmsearch.rerank.model import RerankModel
 from mmsearch.train.averaging import Average
 from mmsearch.train.batches import Ints, batches_in_epoch, plan_epoch
 from mmsearch.train.examples import Examples
-from mmsearch.train.feed import Batch
+from mmsearch.train.feed import Batch, captions_of
 from mmsearch.train.journal import Journal
 from mmsearch.train.pictures import Feed, closing_feed
 from mmsearch.train.rerank_losses import (
@@ -183,30 +183,34 @@ class RerankTrainer:
         """`loss` and its parts for one batch: "contrast" over lists, "match" over yes and no, perhaps "teacher"."""
         wanted, passes = self.settings.rerank, self.parts.reader.passes
         texts, images, maps = self._sides(batch)
-        groups = batch.groups.to(passes.device)
+        owners = batch.owners.to(passes.device)  # (n,) the picture of each text
+        groups = batch.groups.to(passes.device)[owners]  # a picture counts once beside each of its texts
+        first = torch.ones_like(owners, dtype=torch.bool)
+        first[1:] = owners[1:] != owners[:-1]
         few = wanted.negatives if wanted.negatives >= 0 else 0 if self.model.fusion.cheap_pairs else _FEW
-        cosines = texts.rows @ (images.rows if bool(images.rows.any()) else texts.rows).T
+        known = bool(images.rows.any())
+        cosines = texts.rows @ (images.rows[owners] if known else texts.rows).T
         found: dict[str, Tensor] = {}
         drawn: Drawn | None = None
         if few:
-            drawn = drawn_pairs(*draw_hard(cosines, groups, count=few, hardness=wanted.hardness))
+            drawn = drawn_pairs(*draw_hard(cosines, groups, count=few, hardness=wanted.hardness, first=first))
             with passes.autocast():
-                logits = self.model(texts.take(drawn.texts), images.take(drawn.images)).float()
+                logits = self.model(texts.take(drawn.texts), images.take(owners[drawn.images])).float()
             lists = torch.where(drawn.lists >= 0, logits[drawn.lists.clamp(min=0)], -torch.inf)
             found["contrast"] = list_loss(lists)
             found["match"] = match_loss(logits[: len(groups)], logits[len(groups) :])
         else:
             with passes.autocast():
-                matrix = self.model.fusion.pairwise(texts, images).float()
+                matrix = self.model.fusion.pairwise(texts, images).float()[:, owners]
             found["contrast"] = matrix_loss(matrix, groups)
-            hard = cosines if images.rows.any() else matrix.detach() / max(wanted.hardness, 1e-6)
-            of_texts, of_images = draw_hard(hard, groups, count=_FEW, hardness=wanted.hardness)
+            hard = cosines if known else matrix.detach() / max(wanted.hardness, 1e-6)
+            of_texts, of_images = draw_hard(hard, groups, count=_FEW, hardness=wanted.hardness, first=first)
             false = torch.cat([_taken(matrix, of_texts), _taken(matrix.T, of_images)])
             found["match"] = match_loss(matrix.diagonal(), false)
             lists = matrix
         total = wanted.contrast * found["contrast"] + wanted.match * found["match"]
         if self.parts.teacher is not None:
-            found["teacher"] = self._imitation(texts, maps, images.rows, drawn=drawn, lists=lists)
+            found["teacher"] = self._imitation(texts, maps, images.rows, owners, drawn=drawn, lists=lists)
             total = total + wanted.teacher_weight * found["teacher"]
         return {"loss": total, **found}
 
@@ -214,22 +218,30 @@ class RerankTrainer:
         model, passes = self.model, self.parts.reader.passes
         with torch.no_grad(), passes.autocast():
             tokens = model.words(batch.ids.to(passes.device), batch.mask.to(passes.device)).float()
-        places = [self.parts.starts[draw.row] + draw.caption for draw in batch.draws]
+        count = self.settings.data.captions
+        places = [
+            self.parts.starts[draw.row] + number
+            for draw in batch.draws
+            for number in captions_of(self.examples.train[draw.row], draw, count=count)
+        ]
         texts = TextSide(self.parts.text_rows[places].to(passes.device), tokens, batch.mask.to(passes.device))
         maps, rows = self.parts.reader.read(batch.images)
         with passes.autocast():
             patches = model.patch_projection(maps)
-        return texts, ImageSide(torch.zeros_like(texts.rows) if rows is None else rows, patches), maps
+        unknown = texts.rows.new_zeros(len(patches), texts.rows.shape[1])
+        return texts, ImageSide(unknown if rows is None else rows, patches), maps
 
-    def _imitation(self, texts: TextSide, maps: Tensor, rows: Tensor, *, drawn: Drawn | None, lists: Tensor) -> Tensor:
+    def _imitation(
+        self, texts: TextSide, maps: Tensor, rows: Tensor, owners: Tensor, *, drawn: Drawn | None, lists: Tensor
+    ) -> Tensor:
         teacher, passes = self.parts.teacher, self.parts.reader.passes
         assert teacher is not None  # for the type checker
         with torch.no_grad(), passes.autocast():
             images = ImageSide(rows, teacher.patch_projection(maps.detach()))
             if drawn is None:
-                said = teacher.fusion.pairwise(texts, images).float()
+                said = teacher.fusion.pairwise(texts, images).float()[:, owners]
                 return (imitation_loss(lists, said) + imitation_loss(lists.T, said.T)) / 2
-            logits = teacher(texts.take(drawn.texts), images.take(drawn.images)).float()
+            logits = teacher(texts.take(drawn.texts), images.take(owners[drawn.images])).float()
         return imitation_loss(lists, torch.where(drawn.lists >= 0, logits[drawn.lists.clamp(min=0)], -torch.inf))
 
     # Between epochs

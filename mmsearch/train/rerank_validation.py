@@ -147,7 +147,8 @@ class RerankValidation:
             apart = held.groups[pictures] != held.groups[held.owners][:, None]
             weight = np.where(apart, draw.random(pictures.shape), -1.0)
             kept = np.flatnonzero(apart.any(axis=1))
-            return kept * count + pictures[kept, weight[kept].argmax(axis=1)]
+            found: Ints = kept * count + pictures[kept, weight[kept].argmax(axis=1)]
+            return found
 
         return drawn(self._lists[0].rows), drawn(draw.integers(count, size=(len(held.texts), _TRIES)))
 

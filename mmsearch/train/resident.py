@@ -8,7 +8,9 @@ Decisions:
   The pixels differ a little, since they are resampled twice.
 - Only for pictures that are squashed to a square: a crop of the square is then the square of a crop. With RandAugment,
   and with pictures cut to their middle, they are decoded at each step.
-- A canvas is larger than the towers' input by `_MARGIN`: most crops are then not scaled up.
+- A canvas is larger than the towers' input by `_MARGIN` only, for the sake of memory: about half of all crops are
+  scaled up, by at most 1 / (`_MARGIN` · sqrt(crop)).
+- A picture that could not be read is tried once more when all others are there, and then left out of the whole run.
 """
 
 from __future__ import annotations
@@ -58,14 +60,18 @@ class Canvases:
     ) -> Canvases:  # fmt: skip
         """All pictures as `batches`, a feed of plain ones, gives them; `advance` hears how many more are there."""
         pixels = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device)
-        plan = [[Draw(i, 0, 0) for i in range(s, min(s + batch_size, count))] for s in range(0, count, batch_size)]
-        there: set[int] = set()
-        for batch in batches(plan):
-            rows = [draw.row for draw in batch.draws]
-            pixels[rows] = batch.images.to(device)
-            there.update(rows)
-            advance(len(rows))
-        return cls(pixels, frozenset(range(count)) - there)
+        missing = list(range(count))
+        for last in (False, True):
+            plan = [[Draw(i, 0, 0) for i in missing[s : s + batch_size]] for s in range(0, len(missing), batch_size)]
+            there: set[int] = set()
+            for planned, batch in zip(plan, batches(plan), strict=True):
+                rows = [draw.row for draw in batch.draws]
+                if rows:
+                    pixels[rows] = batch.images.to(device)
+                there.update(rows)
+                advance(len(planned) if last else len(rows))
+            missing = [row for row in missing if row not in there]
+        return cls(pixels, frozenset(missing))
 
 
 class ResidentFeed:
@@ -97,7 +103,7 @@ class ResidentFeed:
     def _views(self, draws: Sequence[Draw]) -> Tensor:
         held = self._canvases.pixels
         canvases = held[torch.tensor([draw.row for draw in draws], device=held.device, dtype=torch.int64)]
-        if self._augmentation is None or not draws:
+        if self._augmentation is None:
             return canvases
         side = int(held.shape[1])
         views = []
@@ -114,13 +120,16 @@ def make_views(canvases: Tensor, views: Sequence[DrawnView], *, size: int) -> Te
     Bilinear; colour as Pillow's `ImageEnhance` blends it. Known values: the whole picture with factors of 1 at its own
     size is that picture; mirrored, its mirror image.
     """
+    if not views:
+        return canvases.new_empty((0, size, size, 3))
     images = canvases.permute(0, 3, 1, 2).float() / 255.0  # (b, 3, c, c)
     cut = functional.grid_sample(
-        images, _grid(views, side=int(canvases.shape[1]), size=size).to(images.device), mode="bilinear",
+        images, _grid(views, side=int(canvases.shape[1]), size=size, device=images.device), mode="bilinear",
         padding_mode="border", align_corners=False,
     )  # fmt: skip
     if views[0].colour:
-        factors = torch.tensor([view.colour for view in views], device=cut.device)[:, :, None, None, None]  # (b, 3, ...)
+        # (b, 3, 1, 1, 1)
+        factors = torch.tensor([view.colour for view in views], device=cut.device)[:, :, None, None, None]
         cut = (cut * factors[:, 0]).clamp(0, 1)
         weights = torch.tensor(_GREY, device=cut.device)[None, :, None, None]
         mean = (cut * weights).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
@@ -130,12 +139,13 @@ def make_views(canvases: Tensor, views: Sequence[DrawnView], *, size: int) -> Te
     return (cut * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _grid(views: Sequence[DrawnView], *, side: int, size: int) -> Tensor:
+def _grid(views: Sequence[DrawnView], *, side: int, size: int, device: torch.device) -> Tensor:
     """(b, size, size, 2) places in [-1, 1] that the pixels of each view are read from."""
     boxes = np.array([view.box for view in views], np.float32)  # left, top, width, height
     turned = np.where([view.mirrored for view in views], -1.0, 1.0).astype(np.float32)
     theta = np.zeros((len(views), 2, 3), np.float32)
     theta[:, 0, 0], theta[:, 1, 1] = turned * boxes[:, 2] / side, boxes[:, 3] / side
     theta[:, :, 2] = (2 * boxes[:, :2] + boxes[:, 2:]) / side - 1
-    found: Tensor = functional.affine_grid(torch.from_numpy(theta), [len(views), 3, size, size], align_corners=False)
+    placed = torch.from_numpy(theta).to(device)
+    found: Tensor = functional.affine_grid(placed, [len(views), 3, size, size], align_corners=False)
     return found

@@ -302,7 +302,7 @@ def resources(folder: Path) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             "training", expected="memory for a step", got=str(error).splitlines()[0][:160] if str(error) else "none",
-            do="Set run.chunk (gradient caching), or a smaller run.batch_size.",
+            do="Set run.chunk (gradient caching), a smaller run.batch_size, or on a GPU run.resident=false.",
         ) from error  # fmt: skip
 
 

@@ -5,7 +5,8 @@ Decisions:
   is one chunk, which is the plain way.
 - Groups and rows are gathered from all ranks before the objective sees them, so that a loss never knows of ranks.
 - Where a picture comes with several captions, its row is repeated beside each: the objective sees pairs, and of one
-  group none repels another. The picture is encoded once. A teacher and an item head look at the first caption alone.
+  group none repels another. The picture is encoded once. As a rival of a text it counts once for each of its captions.
+  A teacher and an item head look at the first caption alone.
 """
 
 from __future__ import annotations

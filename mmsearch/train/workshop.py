@@ -40,7 +40,7 @@ from mmsearch.train.validation import Validation
 
 AUTO_VIEWS = 4
 _RESIDENT_SHARE = 0.4
-"""Of a GPU's free memory that pictures may take; the rest is for the step."""
+"""Of a GPU's memory that pictures may take; the rest is for the step."""
 _FILL_BATCH = 64
 
 
@@ -131,13 +131,24 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
 
 
 def resident_feed(bench: Bench, pixels: PixelFeed) -> ResidentFeed | None:
-    """Pictures held by the GPU, where it has the room and can make the views that are wanted."""
+    """Pictures held by the GPU, where it has the room and can make the views that are wanted; else a note says why not.
+
+    Its whole memory decides, not what is free at the moment: a run that is gone on with must see the same views.
+    """
     settings, model, pairs = bench.settings, bench.start.model, bench.examples.train
     if not settings.run.resident or bench.ranks.device.type != "cuda":
         return None
     wanted = canvas_of(model.config.preprocessing, settings.augment)
-    free, _ = torch.cuda.mem_get_info(bench.ranks.device)
-    if wanted is None or len(pairs) * wanted.size**2 * 3 > _RESIDENT_SHARE * free:
+    total = torch.cuda.get_device_properties(bench.ranks.device).total_memory
+    needed = 0 if wanted is None else len(pairs) * wanted.size**2 * 3
+    fits = float(wanted is not None and needed <= _RESIDENT_SHARE * total)
+    if wanted is None or not bench.ranks.least(fits):
+        why = (
+            "views of them cannot be made there"
+            if wanted is None
+            else f"they would take {needed / 2**30:.1f} GiB of it"
+        )
+        bench.watcher.note(f"pictures are decoded at each step, not held in the GPU's memory: {why}")
         return None
     bench.watcher.note(f"holding {len(pairs)} pictures of {wanted.size} x {wanted.size} in the GPU's memory")
     bench.watcher.start(len(pairs), what="pictures", unit="images")

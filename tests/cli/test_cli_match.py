@@ -77,7 +77,8 @@ def test_what_cannot_be_asked_is_a_usage_error(mmsearch, args):
 def test_a_picture_that_is_broken_or_stands_alone_is_one_clear_line(mmsearch, library):
     """Exit 1: it cannot be read; a picture is no table."""
     Path("empty.csv").write_text("image,text\n")
-    for args, code in ((("bad.png", "red"), 1), (("red.png",), 2), (("gone.csv",), 1), (("empty.csv",), 1), ((".",), 1)):
+    wrong = ((("bad.png", "red"), 1), (("red.png",), 2), (("gone.csv",), 1), (("empty.csv",), 1), ((".",), 1))
+    for args, code in wrong:
         ended = mmsearch("match", *args, library=library)
         assert (ended.code, len(ended.err_lines), ended.out) == (code, 1, "")
     assert mmsearch("match", "my red.png", library=library).err.endswith(
@@ -95,3 +96,5 @@ def test_notes_are_said_once(mmsearch, library):
     assert ended.err_lines[1].startswith("2 pairs with a text longer than")
     ended = mmsearch("match", "red.png", long, library=library)
     assert (ended.code, len(ended.err_lines)) == (0, 1) and "only its beginning" in ended.err
+    for text, cut in ((long, True), ("red", None)):
+        assert json.loads(mmsearch("match", "red.png", text, "--json", library=library).out).get("cut") is cut

@@ -194,3 +194,13 @@ def test_lists_over_drawn_pairs_are_the_matrix_when_all_rivals_are_drawn():
     flat = logits[found.texts, found.images]
     lists = torch.where(found.lists >= 0, flat[found.lists.clamp(min=0)], -torch.inf)
     assert float(list_loss(lists)) == pytest.approx(float(matrix_loss(logits, SHARED)))
+
+
+def test_a_picture_in_several_columns_is_drawn_once_for_a_text():
+    """Only where `first` says so; texts are drawn for all columns."""
+    groups = torch.arange(6).repeat_interleave(3)
+    first = torch.tensor([True, False, False] * 6)
+    torch.manual_seed(0)
+    pictures, texts = draw_hard(torch.rand(18, 18), groups, count=5, hardness=5.0, first=first)
+    assert first[pictures].all() and all(len(set(row.tolist())) == 5 for row in pictures)
+    assert not first[texts].all()

@@ -10,7 +10,7 @@ from train_kit import picture, tokeniser
 
 from mmsearch.train.augment import Augmentation, DrawnView, augment_image, draw_view
 from mmsearch.train.batches import Draw
-from mmsearch.train.feed import PixelFeed
+from mmsearch.train.feed import Batch, PixelFeed
 from mmsearch.train.resident import Canvases, ResidentFeed, canvas_of, make_views
 from mmsearch.types import Pair, Preprocessing
 
@@ -36,6 +36,15 @@ def test_the_whole_picture_at_its_own_size_is_that_picture():
     image = as_canvas(smooth(SIZE))
     assert torch.equal(make_views(image, [whole(SIZE)], size=SIZE), image)
     assert torch.equal(make_views(image, [whole(SIZE, mirrored=True)], size=SIZE), image.flip(2))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_view_does_not_depend_on_the_size(seed):
+    """Drawn for a photo and for its canvas: the same mirror image and colour, boxes alike but for rounding."""
+    photo, canvas = (draw_view(size, ALL, random.Random(seed)) for size in ((500, 375), (312, 312)))
+    assert (photo.mirrored, photo.colour) == (canvas.mirrored, canvas.colour)
+    shares = [np.array(view.box) / (w, h, w, h) for view, w, h in ((photo, 500, 375), (canvas, 312, 312))]
+    assert np.abs(shares[0] - shares[1]).max() < 0.01
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -100,6 +109,30 @@ def test_batches_are_those_of_a_feed_of_pixels(captions, tmp_path):
 def test_a_picture_that_cannot_be_read_is_left_out(tmp_path):
     resident, _ = feeds(tmp_path, broken=(2,))
     assert [[draw.row for draw in batch.draws] for batch in resident.batches(PLAN)] == [[0], [1, 3]]
+
+
+def test_a_batch_without_a_usable_picture_is_empty(tmp_path):
+    """Of the shape of any other."""
+    resident, _ = feeds(tmp_path, broken=(0, 2), augmentation=ALL)
+    empty, full = resident.batches(PLAN)
+    assert (empty.draws, tuple(empty.images.shape), len(full.draws)) == ([], (0, SIZE, SIZE, 3), 2)
+
+
+def test_a_picture_that_was_away_is_tried_once_more():
+    """What the second pass gives is held; what it does not is left out."""
+    asked = []
+
+    def batches(plan):
+        for draws in plan:
+            asked.append([draw.row for draw in draws])
+            kept = [draw for draw in draws if draw.row == 0 or (draw.row == 1 and len(asked) > 2)]
+            images = torch.full((len(kept), 4, 4, 3), 7, dtype=torch.uint8)
+            yield Batch(kept, images, *[torch.zeros(0)] * 3, [], torch.zeros(0))
+
+    told = []
+    held = Canvases.filled(batches, count=4, size=4, batch_size=2, device=torch.device("cpu"), advance=told.append)
+    assert asked == [[0, 1], [2, 3], [1, 2], [3]] and sum(told) == 4
+    assert held.unfit == {2, 3} and held.pixels.amax(dim=(1, 2, 3)).tolist() == [7, 7, 0, 0]
 
 
 def test_views_do_not_depend_on_the_batch(tmp_path):

@@ -87,4 +87,4 @@ def test_the_bundled_model_has_its_two_recipes():
     heads, bundled = (settings_from(read_recipe(ROOT / "recipes" / f"{name}.toml")) for name in ("heads", "bundled"))
     assert not heads.start.model and heads.text.train == heads.image.train == "head"
     assert bundled.start.model == "checkpoints/heads"
-    assert heads.sources == bundled.sources
+    assert [one.path for one in heads.sources] == [one.path for one in bundled.sources]
