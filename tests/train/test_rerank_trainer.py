@@ -11,6 +11,7 @@ from mmsearch.testing import TINY_RERANK, tiny_dual_encoder
 from mmsearch.train.batches import Draw
 from mmsearch.train.examples import Examples
 from mmsearch.train.feed import Batch
+from mmsearch.train.rerank_losses import matrix_loss
 from mmsearch.train.rerank_pictures import PictureReader
 from mmsearch.train.rerank_trainer import RerankParts, RerankTrainer
 from mmsearch.types import Pair
@@ -52,3 +53,18 @@ def test_several_captions_of_a_picture_are_pairs_of_their_own(fusion, own, tmp_p
     assert all(np.isfinite(list(one.values())).all() for one in found)
     if fusion == "late-interaction":  # the other draws its rivals, and no picture twice for a text
         assert found[0]["contrast"] == pytest.approx(found[1]["contrast"], rel=1e-4)
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+def test_the_list_loss_is_that_of_all_pairs_read_one_by_one(captions, tmp_path):
+    """Each text against each picture, the dumb way."""
+    trainer = trainer_of(tmp_path, fusion="late-interaction", captions=captions, own=False)
+    draws = [Draw(i, 0, i) for i in range(4)]
+    said = [caption for pair in PAIRS for caption in pair.captions[:captions]]
+    owners = torch.arange(4).repeat_interleave(captions)
+    batch = Batch(draws, pixels(4), *tokens(said), torch.arange(4), said, owners)
+    texts, images, _ = trainer._sides(batch)
+    every = torch.arange(len(said))
+    logits = torch.stack([trainer.model(texts, images.take(torch.full_like(every, owner))) for owner in owners], dim=1)
+    expected = matrix_loss(logits.float(), owners)
+    assert float(trainer.losses(batch)["contrast"].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
