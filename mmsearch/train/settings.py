@@ -37,7 +37,7 @@ class Data:
     """`val_share`: share of the groups held out where the data names no validation split. `limit`: pairs at most.
 
     `mixed`: pairs of several sources may meet in a batch; False: each batch is of one source. `captions`: of a picture
-    in one step, at most, where it has several; the picture is encoded once for all of them.
+    in one step, at most; the picture is encoded once for all of them.
     """
 
     val_share: float = 0.1
@@ -102,8 +102,7 @@ class Run:
     validation score before the run stops, 0 for never. `ema`: decay of the average, 0 for none. `wise`: choose the
     share between the weights before and after on the validation split. `views`: random views a picture that are kept
     on disk, as outputs of the image tower's frozen first stages; 0 decodes anew each time, -1 decides by the device.
-    `resident`: on a GPU, hold the pictures in its memory where they fit. `graphs`: ONNX graphs beside the checkpoint,
-    for queries without torch.
+    `resident`: a GPU holds the pictures where they fit. `graphs`: ONNX graphs for queries without torch.
     """
 
     epochs: int = 10
@@ -198,10 +197,9 @@ class TrainSettings:
         _check_run(self.run)
         _check_objective(self.objective)
         _check_rerank(self.rerank)
-        if self.data.workers is not None and self.data.workers < 0:
-            raise UsageError("data.workers", expected="0 or more", got=str(self.data.workers))
-        if not 1 <= self.data.captions <= 1000:
-            raise UsageError("data.captions", expected="from 1 to 1000", got=str(self.data.captions))
+        for name, value, least in (("workers", self.data.workers or 0, 0), ("captions", self.data.captions, 1)):
+            if value < least:
+                raise UsageError(f"data.{name}", expected=f"{least} or more", got=str(value))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `settings_from` takes them."""
