@@ -36,8 +36,7 @@ _MAX_RECIPE = 1 << 20
 class Data:
     """`val_share`: share of the groups held out where the data names no validation split. `limit`: pairs at most.
 
-    `mixed`: pairs of several sources may meet in a batch; False: each batch is of one source. `captions`: of a picture
-    in one step, at most; the picture is encoded once for all of them.
+    `mixed`: pairs of several sources may meet in a batch. `captions`: of a picture in one step, which encodes it once.
     """
 
     val_share: float = 0.1
