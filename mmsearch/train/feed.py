@@ -144,8 +144,8 @@ class PixelFeed:
 
     def _request(self, draw: Draw) -> Request:
         pair = self._pairs[draw.row]
-        may_flip = may_be_mirrored(pair, draw, count=self._count)
-        return draw.row, pair.image, view_of(self._augmentation, seed=draw.seed, may_flip=may_flip)
+        view = view_of(self._augmentation, seed=draw.seed, may_flip=self.may_be_mirrored(draw))
+        return draw.row, pair.image, view
 
     def _batch(self, draws: list[Draw], images: Pixels) -> Batch:
         return self.batch_of(draws, torch.from_numpy(images))
@@ -160,6 +160,15 @@ class PixelFeed:
         """(b,) int64: the group of each draw's picture."""
         return torch.from_numpy(self._groups[[draw.row for draw in draws]])
 
+    def captions_of(self, draw: Draw) -> list[int]:
+        """Which captions of its pair are said in this draw (`captions_of`)."""
+        return captions_of(self._pairs[draw.row], draw, count=self._count)
+
+    def may_be_mirrored(self, draw: Draw) -> bool:
+        """Whether none of the captions of this draw would become false (`names_a_side`)."""
+        pair = self._pairs[draw.row]
+        return not names_a_side([pair.captions[number] for number in self.captions_of(draw)])
+
     def said(self, draws: Sequence[Draw]) -> tuple[Tensor, list[str]]:
         """The texts of the pictures that were drawn, words dropped: owners (n,) int64, captions (n)."""
         drop = self._augmentation.word_drop if self._augmentation else 0.0
@@ -167,7 +176,7 @@ class PixelFeed:
         captions: list[str] = []
         for place, draw in enumerate(draws):
             pair = self._pairs[draw.row]
-            for turn, number in enumerate(captions_of(pair, draw, count=self._count)):
+            for turn, number in enumerate(self.captions_of(draw)):
                 caption = pair.captions[number]
                 captions.append(drop_words(caption, drop, seed=draw.seed + turn) if drop else caption)
                 owners.append(place)
@@ -185,11 +194,6 @@ def captions_of(pair: Pair, draw: Draw, *, count: int) -> list[int]:
     """Which captions of a pair are said in this draw: the drawn one and those after it, `count` at most."""
     there = len(pair.captions)
     return [(draw.caption + turn) % there for turn in range(min(count, there))]
-
-
-def may_be_mirrored(pair: Pair, draw: Draw, *, count: int) -> bool:
-    """Whether none of the captions of this draw would become false (`names_a_side`)."""
-    return not names_a_side([pair.captions[number] for number in captions_of(pair, draw, count=count)])
 
 
 def plain_pixels(

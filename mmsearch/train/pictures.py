@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmsearch.train.batches import Draw
 from mmsearch.train.encoding import Texts
-from mmsearch.train.feed import Batch, PixelFeed, captions_of
+from mmsearch.train.feed import Batch, PixelFeed
 from mmsearch.train.prefix import KeptViews
 from mmsearch.types import Pair
 
@@ -44,16 +44,15 @@ class KeptFeed:
     """Batches from `KeptViews`; `pixels` only says and tokenises the captions.
 
     `texts`: all captions of `pairs` in order, where the text backbone does not learn: a batch then holds the pooled
-    features (n, w) of those that are said, `captions` of a picture at most, in the place of ids.
+    features (n, w) of those that are said in the place of ids.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, captions: int = 1,
-        texts: Texts | None = None,
+        self, pairs: Sequence[Pair], views: KeptViews, *, pixels: PixelFeed, texts: Texts | None = None
     ) -> None:  # fmt: skip
         self._texts = texts
         self._starts = list(itertools.accumulate((len(pair.captions) for pair in pairs), initial=0))
-        self._pairs, self._views, self._pixels, self._captions = pairs, views, pixels, captions
+        self._views, self._pixels = views, pixels
 
     def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
         """As `Feed` says."""
@@ -70,11 +69,7 @@ class KeptFeed:
     def _tokens(self, draws: Sequence[Draw], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self._texts is None:
             return self._pixels.tokens(captions)
-        places = [
-            self._starts[draw.row] + number
-            for draw in draws
-            for number in captions_of(self._pairs[draw.row], draw, count=self._captions)
-        ]
+        places = [self._starts[draw.row] + number for draw in draws for number in self._pixels.captions_of(draw)]
         return self._texts.pooled()[places], torch.ones(len(places), 1, dtype=torch.int64)
 
 

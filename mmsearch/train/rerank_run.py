@@ -188,7 +188,7 @@ class _Job:
         if kept is None:
             reader.keeps, self.passes.prefix, self.passes.compiled = False, None, None
             return self.pixels
-        return KeptFeed(bench.examples.train, kept, pixels=self.pixels, captions=bench.settings.data.captions)
+        return KeptFeed(bench.examples.train, kept, pixels=self.pixels)
 
     def _held_out(self) -> tuple[HeldOut, np.ndarray]:
         """Rows of the held-out pairs, without maps yet, and the pixels of their pictures."""

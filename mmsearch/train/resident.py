@@ -28,9 +28,9 @@ from torch.nn import functional
 
 from mmsearch.train.augment import Augmentation, DrawnView, draw_view
 from mmsearch.train.batches import Draw
-from mmsearch.train.feed import Batch, PixelFeed, may_be_mirrored
+from mmsearch.train.feed import Batch, PixelFeed
 from mmsearch.train.prefetch import prefetched
-from mmsearch.types import Pair, Preprocessing
+from mmsearch.types import Preprocessing
 
 _MARGIN = 1.2
 _AHEAD = 2
@@ -77,15 +77,13 @@ class Canvases:
 class ResidentFeed:
     """Batches whose pictures are views of `canvases`, (b, size, size, 3) uint8 on their device.
 
-    `pixels` says and tokenises the captions, `captions` of a picture at most.
+    `pixels` says and tokenises the captions.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], canvases: Canvases, *, pixels: PixelFeed, augmentation: Augmentation | None,
-        size: int, captions: int = 1,
+        self, canvases: Canvases, *, pixels: PixelFeed, augmentation: Augmentation | None, size: int
     ) -> None:  # fmt: skip
-        self._pairs, self._canvases, self._pixels = pairs, canvases, pixels
-        self._augmentation, self._size, self._captions = augmentation, size, captions
+        self._canvases, self._pixels, self._augmentation, self._size = canvases, pixels, augmentation, size
 
     def batches(self, plan: Sequence[Sequence[Draw]]) -> Iterator[Batch]:
         """One batch for each of `plan`, in order, made ahead; draws whose picture cannot be used are left out."""
@@ -108,7 +106,7 @@ class ResidentFeed:
         side = int(held.shape[1])
         views = []
         for draw in draws:
-            may_flip = may_be_mirrored(self._pairs[draw.row], draw, count=self._captions)
+            may_flip = self._pixels.may_be_mirrored(draw)
             views.append(draw_view((side, side), self._augmentation, random.Random(draw.seed), may_flip=may_flip))
         return make_views(canvases, views, size=self._size)
 

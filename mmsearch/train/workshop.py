@@ -127,7 +127,7 @@ def _kept_feed(bench: Bench, passes: TowerPass, pixels: PixelFeed) -> KeptFeed |
         bench.watcher.note(f"keeping {len(captions)} captions behind the frozen text backbone")
         texts = Texts(captions, passes, pixels.tokens, keep=True)
         texts.pooled()
-    return KeptFeed(pairs, views, pixels=pixels, captions=settings.data.captions, texts=texts)
+    return KeptFeed(pairs, views, pixels=pixels, texts=texts)
 
 
 def resident_feed(bench: Bench, pixels: PixelFeed) -> ResidentFeed | None:
@@ -161,10 +161,7 @@ def resident_feed(bench: Bench, pixels: PixelFeed) -> ResidentFeed | None:
             filler.batches, count=len(pairs), size=wanted.size, batch_size=_FILL_BATCH, device=bench.ranks.device,
             advance=bench.watcher.advance,
         )  # fmt: skip
-    return ResidentFeed(
-        pairs, held, pixels=pixels, augmentation=settings.augment, size=model.config.preprocessing.size,
-        captions=settings.data.captions,
-    )  # fmt: skip
+    return ResidentFeed(held, pixels=pixels, augmentation=settings.augment, size=model.config.preprocessing.size)
 
 
 def example_pixels(size: int) -> Tensor:

@@ -87,7 +87,7 @@ def feeds(folder, *, broken=(), captions=1, augmentation=None):
         pixel_feed(None).batches, count=len(pairs), size=SIZE, batch_size=3, device=torch.device("cpu")
     )
     pixels = pixel_feed(augmentation, captions)
-    feed = ResidentFeed(pairs, held, pixels=pixels, augmentation=augmentation, size=SIZE, captions=captions)
+    feed = ResidentFeed(held, pixels=pixels, augmentation=augmentation, size=SIZE)
     return feed, pixels
 
 
