@@ -22,24 +22,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmsearch.data.collection import is_table, read_collection
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
-from mmsearch.data.reading import stamp_of
+from mmsearch.derive import IndexWish, derive
 from mmsearch.errors import IndexMismatchError, InputError, PartialError, UsageError
 from mmsearch.ingest import Ingest
+from mmsearch.pictures import Engine, ThisProcess
 from mmsearch.progress import Progress as Progress
 from mmsearch.progress import SilentProgress as SilentProgress
+from mmsearch.scan import FILES, Scan, is_below
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.tokens import remove_tokens
 from mmsearch.token_fill import keeps_tokens, reranker_of, with_tokens
 from mmsearch.towers.config import no_item_fusion
 from mmsearch.towers.locate import is_directory
-from mmsearch.types import BuildReport, Skipped, SkipReason, Source
+from mmsearch.types import BuildReport, SkipReason, Source
 
 if TYPE_CHECKING:
     from mmsearch.encoder import Encodes, JoinsItems
@@ -47,9 +49,6 @@ if TYPE_CHECKING:
 
 ITEM_VECTORS = ("separate", "fused")
 """What stands for an item with a picture and texts: the picture's row, or one row made of all of it."""
-
-FILES = ""
-"""The store's root of everything that is a file of its own (a picture), whatever folder it lies in."""
 
 OF_LIMITS = (SkipReason.TOO_LARGE, SkipReason.OUT_OF_MEMORY)
 """Skips that other limits may undo."""
@@ -67,15 +66,22 @@ def build(
     item_vectors: str | None = None,
     tokens: bool | None = None,
     reranker: ReadsPatches | None = None,
+    kind: str | None = None,
+    memory: int | str | None = None,
+    overlap: float | None = None,
+    queries: str | os.PathLike[str] | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     limits: Limits | None = None,
     strict: bool = False,
     device: str = "auto",
     force: bool = False,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Bring the index at `out` up to date with `paths`: folders, picture files, tables, ready `Source`s, or one path.
+
+    A URI (`data.remote`) is a folder or a picture that lies elsewhere.
 
     `model`: see `Encoder.load`; None means the model of the index, for a new index the bundled one.
     `encoder` is used instead when given. `prune` also drops the items of folders that are empty or gone.
@@ -85,7 +91,10 @@ def build(
     `tokens`: keep every picture's patch tokens, so that re-ranking need not look at it again (True also looks for
     damaged ones), or remove them; None means the index's own, for a new index not. They are made by `reranker`, else by
     the model's (`ModelError` when it has none).
+    `kind`, `memory`, `overlap`, `queries`: how the rows are laid out for searching, see `derive.IndexWish`; None means
+    the index's own, for a new index "auto", which is exact below 50,000 rows.
     `batch_size`: pictures per pass of the model. `workers`: decoding processes (None: one a core).
+    `engine`: what decodes and encodes, see `scale.ray_encode.RayEngine`; None is this process.
     `force` goes on with an index of another model or other item vectors (everything is encoded anew) or a damaged one
     (what is damaged is), and tries skipped files again.
 
@@ -94,6 +103,8 @@ def build(
     """
     started = time.perf_counter()
     told = progress or SilentProgress()
+    wish = IndexWish(kind, memory, overlap, queries)
+    wish.check()
     target = os.fspath(out)
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     scan = Scan(given, exclude=exclude, include_hidden=include_hidden)
@@ -109,18 +120,20 @@ def build(
         encoder = Encoder.load(name, device=device)
     joins = _joining(encoder) if kind == "fused" else None
     settings = _settings(name, limits, fused=joins is not None, tokens=reads is not None)
-    store, retry = _open_store(target, encoder, settings=settings, force=force, told=told)
-    with store:
-        ingest = Ingest(store, encoder, batch_size=batch_size, workers=workers, limits=limits, told=told, joins=joins)
-        try:
-            _bring_up_to_date(store, scan, ingest, prune=prune, retry=retry, told=told)
-        finally:
+    encoding = (engine or ThisProcess()).pictures(
+        encoder, index=target, batch_size=batch_size, workers=workers, limits=limits, told=told
+    )
+    with closing(encoding) as pictures:
+        store, retry = _open_store(target, encoder, settings=settings, force=force, told=told)
+        with store:
+            ingest = Ingest(store, encoder, pictures, told=told, joins=joins)
             # Also on Ctrl-C and on errors: what is encoded is kept, the next run goes on from here.
-            ingest.close()
-        store.compact()
-        _derive(store)
-        if tokens is False:
-            remove_tokens(target)
+            _bring_up_to_date(store, scan, ingest, prune=prune, retry=retry, told=told)
+            pictures.close()
+            store.compact()
+            derive(store, encoder=lambda: encoder, wish=wish, told=told)
+            if tokens is False:
+                remove_tokens(target)
     report = replace(ingest.report(Path(target)), skipped=(*scan.skipped, *ingest.skipped), notes=tuple(ingest.notes))
     if reads is not None:
         thorough = tokens is True
@@ -140,126 +153,6 @@ def _check_complete(report: BuildReport) -> None:
             got=f"{first.path}: {first.reason}",
             do="The rest is indexed; drop --strict to accept this.",
         )
-
-
-class Scan:
-    """What the user named, made absolute, and what of it can be told to be gone."""
-
-    def __init__(
-        self, given: Sequence[str | os.PathLike[str] | Source], *, exclude: Sequence[str], include_hidden: bool
-    ) -> None:
-        self._ready = [entry for entry in given if isinstance(entry, Source)]
-        paths = [os.path.abspath(os.fspath(p)) for p in given if not isinstance(p, Source)]
-        self._exclude, self._include_hidden = tuple(exclude), include_hidden
-        self.absent = {p for p in paths if not os.path.lexists(p)}
-        self._present = [p for p in paths if p not in self.absent]
-        self._named = paths
-        self.folders = [p for p in self._present if os.path.isdir(p)]
-        self._is_folder = frozenset(self.folders)
-        self.skipped = [Skipped(p, SkipReason.VANISHED, "no such path") for p in sorted(self.absent)]
-        self.tables: set[str] = set()
-        self._full: set[str] = set()
-
-    def check(self, *, prune: bool) -> None:
-        """Raise `InputError` when there is nothing to look at; some absent paths among others are only skipped."""
-        if not self._ready and not self._named:
-            raise InputError("index", expected="a folder, a picture, or a table", got="nothing")
-        if self._named and not self._present and not self._ready and not prune:
-            raise InputError(
-                self.names(), expected="a folder, a picture, or a table", got="no such path",
-                do="What is indexed of it stays; --prune drops it.",
-            )  # fmt: skip
-
-    def names(self) -> str:
-        """What the user named, for messages; the first few of many."""
-        shown = ", ".join(self._named[:3])
-        return (shown + f" and {len(self._named) - 3} more" * (len(self._named) > 3)) or "the sources"
-
-    def sources(self) -> Iterator[Source]:
-        """Everything found, pictures under their absolute path; streams.
-
-        Tables come first: a picture that a table names is that row's item, not another one of its folder.
-        """
-        for source in self._ready:
-            self.tables.add(source.root)
-            yield _stamped(source)
-        tables = [p for p in self._present if p not in self._is_folder and is_table(p)]
-        tabled: set[int] = set()
-        looked_at: set[str] = set()
-        for source in self._read_tables(tables):
-            self.tables.add(source.root)
-            if source.path is not None and self.folders:
-                tabled.add(hash(source.path))
-            yield source
-        read = set(tables)
-        for source in self._read([p for p in self._present if p not in read]):
-            path = str(source.path)
-            if (parent := os.path.dirname(path)) not in looked_at:
-                looked_at.add(parent)
-                self._full.update(folder for folder in self.folders if is_below(parent, folder))
-            if hash(path) not in tabled:
-                yield replace(source, root=FILES, name=path)
-
-    def _read_tables(self, tables: list[str]) -> Iterator[Source]:
-        """Rows of all tables; among other paths, a file that turns out to be no table costs itself only."""
-        for table in tables:
-            try:
-                yield from self._read([table])
-            except InputError as error:
-                if len(self._named) == 1:
-                    raise
-                self.skipped.append(Skipped(table, SkipReason.BAD_ROW, f"no table: {error.got}"))
-
-    def _read(self, paths: list[str]) -> Iterator[Source]:
-        if not paths:
-            return iter(())
-        return read_collection(
-            paths, exclude=self._exclude, include_hidden=self._include_hidden, on_skip=self.skipped.append
-        )
-
-    def emptied(self) -> list[str]:
-        """Folders and tables that were named and hold nothing any more (call after the scan)."""
-        known = self._is_folder | self.tables | {s.path for s in self.skipped}
-        tables = (p for p in self._present if p not in known and is_table(p))
-        return [*(f for f in self.folders if f not in self._full), *tables, *sorted(self.absent)]
-
-    def gone(self, *, prune: bool) -> Callable[[str | None, str], bool]:
-        """Whether an item of (path, root) that the scan did not find is to be dropped (call after the scan).
-
-        Kept, unless `prune`: what lies in a folder or table that is empty or absent, and rows whose picture
-        could not be found. Kept in any case: what lies below something that could not be read.
-        """
-        emptied = self.emptied()
-        unreadable = [s.path for s in self.skipped if s.reason is SkipReason.UNREADABLE]
-        lost = {s.path for s in self.skipped if s.reason is SkipReason.VANISHED}
-        roots = self.tables | (set(emptied) if prune else set())
-        folders = [*self.folders, *(self.absent if prune else ())]
-
-        def is_gone(path: str | None, root: str) -> bool:
-            if path is not None and any(is_below(path, u) for u in unreadable):
-                return False
-            if not prune and path is not None and (path in lost or any(is_below(path, e) for e in emptied)):
-                return False
-            if root != FILES:
-                return root in roots
-            return path is not None and any(is_below(path, folder) for folder in folders)
-
-        return is_gone
-
-
-def is_below(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies in it (by name; both absolute)."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _stamped(source: Source) -> Source:
-    """With the stamp of its file, if nobody gave one: without it the picture would be read at each build."""
-    if source.path is None or source.stamp is not None:
-        return source
-    try:
-        return replace(source, stamp=stamp_of(os.stat(source.path)))
-    except OSError:
-        return source  # reading it will say why
 
 
 def _check_not_empty(scan: Scan) -> None:
@@ -334,7 +227,8 @@ def _open_store(
     if store.repaired:
         told.note(f"{target}: {store.repaired} damaged items were dropped and are encoded again")
     limits_changed = store.settings.get("limits") != settings["limits"]
-    store.note_settings(settings)
+    laid_out = {"index": store.settings["index"]} if "index" in store.settings else {}
+    store.note_settings(settings | laid_out)
     return store, tuple(SkipReason) if force else OF_LIMITS if limits_changed else ()
 
 
@@ -353,10 +247,3 @@ def _bring_up_to_date(
         ingest.notes.append(
             f"{where}: nothing there now; its {held} items are kept (not mounted?). --prune drops them."
         )
-
-
-def _derive(store: IndexStore) -> None:
-    from mmsearch.index.faiss import FaissFlat
-
-    store.update_derived(FaissFlat)
-    store.finish()

@@ -1,33 +1,36 @@
-"""The indexing pipeline: what differs -> decoded ahead -> encoded in batches -> committed.
+"""The indexing pipeline: what differs -> decoded and encoded -> committed.
 
 `builder` decides what belongs to the index; this carries it out. Pictures flow through
-`Loader.load` in order; everything that needs no decoding (moves, copies, new captions) is put
-into the batch directly, so that one commit holds both.
+`EncodesPictures.encode`, here or on a cluster; everything that needs no decoding (moves, copies, new
+captions) is put into the batch directly, so that one commit holds both.
 
 Decisions:
 - A failed picture never shifts its neighbours: every request carries a key, and what comes back is
   looked up by that key.
 - A commit follows after `COMMIT_ROWS` pictures or `COMMIT_SECONDS`, whichever is first: a kill costs at most that.
 - Texts of a batch are encoded together at the commit, a few dozen items a call.
+- A file that may be a known one elsewhere is hashed before it is encoded; one that is remote would be fetched for that,
+  so it is compared when it comes back encoded: a move costs a pass through the model, and keeps its id all the same.
 - With fused item vectors, what stands as an item's picture row is made of picture and captions: it is kept or copied
   only where the captions are the same too, else the picture is read again. An item of texts alone has such a row too.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import xxhash
 
-from mmsearch.data.images import Limits
-from mmsearch.data.loading import Failed, Loaded, Loader, file_digest
+from mmsearch.data.loading import Failed, file_digest
+from mmsearch.data.remote import is_there, is_uri, read_uri
 from mmsearch.errors import ImageError
+from mmsearch.pictures import Encoded, EncodesPictures, Outcome, Request
 from mmsearch.store.base import Batch, Change, ChangeKind, ItemState, Known, Move, Skip, Touch, Upsert
 from mmsearch.types import BuildReport, Skipped, SkipReason, Source, Stamp
 
@@ -75,8 +78,9 @@ class Pending:
 
 
 class Ingest:
-    """Brings a store up to date with a stream of changes. `close` commits what is encoded and stops the workers.
+    """Brings a store up to date with a stream of changes.
 
+    `pictures` makes their rows; whoever made it closes it. `encoder` reads what texts `pictures` does not.
     `joins`: makes one row of an item's picture and captions, for fused item vectors; None keeps them separate.
     """
 
@@ -84,23 +88,19 @@ class Ingest:
         self,
         store: IndexStore,
         encoder: Encodes,
+        pictures: EncodesPictures,
         *,
-        batch_size: int,
-        workers: int | None,
-        limits: Limits,
         told: Told,
         joins: JoinsItems | None = None,
     ) -> None:
         self._store, self._encoder, self._told, self._joins = store, encoder, told, joins
-        self._batch_size = batch_size
-        self._loader = Loader(preprocessing=encoder.preprocessing, workers=workers, limits=limits)
+        self._pictures = pictures
         self._waiting: dict[int, Change] = {}
         self._moved: set[int] = set()
         self._taken: dict[bytes, int] = {}  # content hash -> the last item that moved, perhaps not committed yet
         self._next_key = 0
         self._pending = Pending()
         self._gone: Iterator[Change] = iter(())
-        self._loaded: list[Loaded] = []
         self.skipped: list[Skipped] = []
         self.notes: list[str] = []
         self.counts = Counts()
@@ -114,20 +114,16 @@ class Ingest:
     ) -> list[tuple[str | None, str]]:
         """Carry out all changes. Returns (path, root) of items that are not there and are kept (`is_gone` said no)."""
         try:
-            for result in self._loader.load(self._requests(changes)):
-                self._take(result)
+            for outcomes in self._pictures.encode(self._requests(changes)):
+                self._take(outcomes)
         finally:
-            self._encode_loaded()
+            self._take(self._pictures.rest())
             self._commit()
         return self._remove_gone(is_gone)
 
-    def close(self) -> None:
-        """Stop the decoding workers."""
-        self._loader.close()
+    # What differs -> requests
 
-    # What differs -> requests for the loader
-
-    def _requests(self, changes: Iterator[Change]) -> Iterator[tuple[int, str]]:
+    def _requests(self, changes: Iterator[Change]) -> Iterator[Request]:
         for change in changes:
             if change.source is None:
                 self._gone = chain([change], changes)
@@ -138,7 +134,12 @@ class Ingest:
                 continue
             key, self._next_key = self._next_key, self._next_key + 1
             self._waiting[key] = unread
-            yield key, str(change.source.path)
+            yield Request.of(key, change.source, self._texts_of(unread, change.source))
+
+    def _texts_of(self, change: Change, source: Source) -> tuple[str, ...]:
+        """The captions that have no rows yet, if they are encoded with the picture."""
+        stay = self._joins is None and self._keeps_text(change.known, source)
+        return source.captions if self._pictures.takes_texts and not stay else ()
 
     def _settle(self, change: Change, source: Source) -> Change | None:
         """Deal with a change that needs no decoding; what is returned needs it."""
@@ -150,10 +151,14 @@ class Ingest:
             self._upsert(source, known=known, upsert=Upsert(source, stamp=source.stamp, keep_image=known.has_image))
             return None
         if source.path is None:
+            if self._pictures.takes_texts and source.captions:
+                return change
             self._upsert(source, known=known, upsert=Upsert(source))
             return None
         if change.kind is ChangeKind.SUSPECT and known is not None:
             return self._settle_suspect(change, source, known)
+        if is_uri(source.path):
+            return change
         if change.kind is ChangeKind.NEW and source.stamp and self._store.known_size(source.stamp.size):
             return self._settle_seen_content(change, source)
         return change
@@ -187,12 +192,8 @@ class Ingest:
         digest, stamp = _digest(source)
         if digest is None or stamp is None:
             return change
-        candidates = self._store.find_moved(digest, after=self._taken.get(digest, 0))
-        known = next((k for k in candidates if k.item not in self._moved and _left(k, source)), None)
+        known = self._moved_here(source, digest, stamp)
         if known is not None:
-            self._moved.add(known.item)
-            self._taken[digest] = known.item
-            self._pending.batch.moves.append(Move(known.item, source, stamp))
             if not self._row_stays(known, source):
                 return replace(change, known=known)  # keeps its id, and counts as changed
             if (known.captions, dict(known.metadata)) != (source.captions, dict(source.metadata)) or _own_id(source):
@@ -209,48 +210,50 @@ class Ingest:
             return None
         return change
 
-    # Decoded pictures -> vectors -> commit
+    def _moved_here(self, source: Source, digest: bytes, stamp: Stamp | None) -> Known | None:
+        """The item that `source` is now, if it was at a place where it is no more; its move is put into the batch."""
+        candidates = self._store.find_moved(digest, after=self._taken.get(digest, 0))
+        known = next((k for k in candidates if k.item not in self._moved and _left(k, source)), None)
+        if known is not None:
+            self._moved.add(known.item)
+            self._taken[digest] = known.item
+            self._pending.batch.moves.append(Move(known.item, source, stamp))
+        return known
 
-    def _take(self, result: Loaded | Failed) -> None:
-        if isinstance(result, Loaded):
-            self._loaded.append(result)
-            if len(self._loaded) >= self._batch_size:
-                self._encode_loaded()
-            return
-        source = self._source(result.key)
-        self._skip(source, result.skipped, stamp=result.stamp, content_hash=result.content_hash)
-        del self._waiting[result.key]
-        self._finish_items(1)
+    # What came back -> commit
 
-    def _source(self, key: int) -> Source:
-        source = self._waiting[key].source
-        assert source is not None  # only changes with a source become requests
-        return source
-
-    def _encode_loaded(self) -> None:
-        loaded, self._loaded = self._loaded, []
-        if not loaded:
-            return
-        pixels = np.stack([one.pixels for one in loaded])
-        vectors, ok = self._encoder.encode_pixels(pixels, batch_size=self._batch_size)
-        for one, vector, good in zip(loaded, vectors, ok, strict=True):
-            source = self._source(one.key)
-            known = self._waiting.pop(one.key).known
-            if not good:
-                skip = Skipped(source.path or source.name, SkipReason.BAD_EMBEDDING, "the model gave no finite vector")
-                self._skip(source, skip, stamp=one.stamp, content_hash=one.content_hash)
+    def _take(self, outcomes: Sequence[Outcome]) -> None:
+        for one in outcomes:
+            change = self._waiting.pop(one.key)
+            source = change.source
+            assert source is not None  # only changes with a source become requests
+            if isinstance(one, Failed):
+                self._skip(source, one)
                 continue
-            self._upsert(source, known=known, upsert=_upsert_of(one, source, vector))
-            self.counts.encoded_images += 1
-        self._finish_items(len(loaded))
+            self._store_encoded(change, source, one)
+        if outcomes:
+            self._finish_items(len(outcomes))
 
-    def _skip(self, source: Source, skipped: Skipped, *, stamp: Stamp | None, content_hash: bytes | None) -> None:
-        self.skipped.append(skipped)
-        if skipped.reason not in NOT_REMEMBERED:
-            self._pending.batch.skips.append(Skip(source, skipped, stamp or source.stamp, content_hash))
+    def _store_encoded(self, change: Change, source: Source, one: Encoded) -> None:
+        known, upsert = change.known, _upsert_of(one, source)
+        moved = None
+        if change.kind is ChangeKind.NEW and known is None and one.content_hash and is_uri(str(source.path)):
+            moved = self._moved_here(source, one.content_hash, one.stamp)
+        if moved is not None and self._row_stays(moved, source):
+            upsert = replace(upsert, image_vector=None, keep_image=True)
+        self._upsert(source, known=known or moved, upsert=upsert, counted=moved is None)
+        self.counts.moved += moved is not None
+        self.counts.encoded_images += one.vector is not None
+        self.counts.encoded_texts += 0 if one.texts is None else len(one.texts)
+
+    def _skip(self, source: Source, failed: Failed) -> None:
+        self.skipped.append(failed.skipped)
+        if failed.skipped.reason not in NOT_REMEMBERED:
+            skip = Skip(source, failed.skipped, failed.stamp or source.stamp, failed.content_hash)
+            self._pending.batch.skips.append(skip)
 
     def _upsert(self, source: Source, *, known: Known | None, upsert: Upsert, counted: bool = True) -> None:
-        keeps_text = known is not None and known.state is ItemState.OK and known.captions == source.captions
+        keeps_text = upsert.text_vectors is None and self._keeps_text(known, source)
         if self._joins is not None and not upsert.keep_image and upsert.image_from is None:
             keeps_text = False  # the item's row is made anew, of its texts too
         self._pending.batch.upserts.append(replace(upsert, id=_own_id(source), keep_text=keeps_text))
@@ -258,6 +261,10 @@ class Ingest:
             self.counts.changed += 1
         elif counted:
             self.counts.added += 1
+
+    def _keeps_text(self, known: Known | None, source: Source) -> bool:
+        """Whether the rows of the texts of `known` are those of `source` too."""
+        return known is not None and known.state is ItemState.OK and known.captions == source.captions
 
     def _finish_items(self, n: int) -> None:
         self._told.advance(n)
@@ -268,6 +275,7 @@ class Ingest:
     def _commit(self) -> None:
         pending = self._pending
         if not len(pending.batch):
+            self._pictures.committed()
             return
         # What lacks its texts is told by the upserts themselves: a Ctrl-C in here leaves the rest to the commit
         # that follows it, and nothing that was encoded is lost.
@@ -287,6 +295,7 @@ class Ingest:
         joined = upserts if self._joins is None else join_sides(upserts, self._joins, dim=self._encoder.dim)
         self._store.commit(replace(pending.batch, upserts=joined))
         self._pending = Pending()
+        self._pictures.committed()
 
     # What is gone
 
@@ -331,10 +340,12 @@ def join_sides(upserts: list[Upsert], joins: JoinsItems, *, dim: int) -> list[Up
     return joined
 
 
-def _upsert_of(one: Loaded, source: Source, vector: np.ndarray) -> Upsert:
+def _upsert_of(one: Encoded, source: Source) -> Upsert:
     info = one.info
+    if info is None:
+        return Upsert(source, text_vectors=one.texts)
     return Upsert(
-        source, stamp=one.stamp, content_hash=one.content_hash, image_vector=vector,
+        source, stamp=one.stamp, content_hash=one.content_hash, image_vector=one.vector, text_vectors=one.texts,
         width=info.width, height=info.height, taken_at=info.taken_at, note=info.note,
     )  # fmt: skip
 
@@ -344,7 +355,7 @@ def _left(known: Known, source: Source) -> bool:
 
     A file that is not gone lies somewhere else than what is being scanned, and stays an item of its own.
     """
-    return known.path is None or known.path == source.path or not os.path.lexists(known.path)
+    return known.path is None or known.path == source.path or not is_there(known.path)
 
 
 def _own_id(source: Source) -> str | None:
@@ -355,7 +366,11 @@ def _own_id(source: Source) -> str | None:
 
 def _digest(source: Source) -> tuple[bytes | None, Stamp | None]:
     """Content hash and stamp of the file, or nothing when it cannot be read just now (the loader will say why)."""
+    path = str(source.path)
     try:
-        return file_digest(str(source.path))
+        if is_uri(path):
+            data, stamp = read_uri(path, stamp=source.stamp)
+            return xxhash.xxh3_128_digest(data), stamp
+        return file_digest(path)
     except (OSError, ImageError):
         return None, None

@@ -1,4 +1,4 @@
-"""Index directory + query -> hits.
+"""Index directory, or several as one, + query -> hits.
 
 Decisions:
 - What a query is, is said by the method: `search_text`, `search_image`, `search_vector`. A string is never
@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
-from mmsearch.errors import IndexMismatchError, IndexNotFoundError, MmsearchError, UsageError
+from mmsearch.errors import IndexNotFoundError, MmsearchError, UsageError
+from mmsearch.opened import OneIndex, Opened, check_same_space, directories
 from mmsearch.rerank.rank_fusion import reciprocal_rank_fusion
 from mmsearch.rerank.request import MAX_DEPTH, Rerank, asked_for, no_probabilities
 from mmsearch.similarity import check_embeddings
@@ -43,12 +44,15 @@ MAX_K = 10_000
 
 
 class Hits(Sequence[Hit]):
-    """Hits, best first; `notes` says what the user should know about how they came about."""
+    """Hits, best first; `notes` says what the user should know about how they came about.
 
-    __slots__ = ("_hits", "notes")
+    `partial`: a part of the collection did not answer, so better hits may be missing; the notes name it.
+    """
 
-    def __init__(self, hits: Iterable[Hit], *, notes: Iterable[str] = ()) -> None:
-        self._hits, self.notes = tuple(hits), tuple(notes)
+    __slots__ = ("_hits", "notes", "partial")
+
+    def __init__(self, hits: Iterable[Hit], *, notes: Iterable[str] = (), partial: bool = False) -> None:
+        self._hits, self.notes, self.partial = tuple(hits), tuple(notes), partial
 
     @overload
     def __getitem__(self, index: int) -> Hit: ...
@@ -91,13 +95,14 @@ class Searcher:
 
     def __init__(
         self,
-        store: IndexStore,
+        store: IndexStore | Opened,
         *,
         encoder: Encodes | None = None,
         device: str = "auto",
         reranker: Reranks | str | os.PathLike[str] | None = None,
     ) -> None:
-        self._store, self._encoder, self._device = store, encoder, device
+        self._index: Opened = OneIndex(store) if isinstance(store, IndexStore) else store
+        self._encoder, self._device = encoder, device
         self._reranker_of: str | os.PathLike[str] | None = None
         self._reranker: Reranks | None = None
         if isinstance(reranker, str | os.PathLike):
@@ -105,30 +110,33 @@ class Searcher:
         else:
             self._reranker = reranker
         self._lock, self._loading = threading.Lock(), threading.Lock()
-        self._view = View(store.snapshot())
+        self._view = self._index.view()
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         encoder: Encodes | None = None,
         device: str = "auto",
         reranker: Reranks | str | os.PathLike[str] | None = None,
+        partial: bool = False,
     ) -> Self:
-        """Open the index directory at `path`.
+        """Open the index directory at `path`, or several of one model as one index, see `shards`. A folder that
+        `split` made stands for its shards.
 
         `encoder`: used instead of the model that the index names. `reranker`: one, or the model directory that has
-        it; None: that of the index's model. Raises `IndexNotFoundError`, `IndexMismatchError` (the encoder's rows
-        cannot be compared with the index's), `IndexDamagedError`.
+        it; None: that of the index's model. `partial`: of several directories some may be missing or damaged; the
+        others answer, and the notes of every answer say so. Raises `IndexNotFoundError`, `IndexMismatchError` (the
+        encoder's rows cannot be compared with the index's, or those of two directories), `IndexDamagedError`.
         """
-        store = IndexStore.open(os.fspath(path))
+        index = _opened(directories([path] if isinstance(path, str | os.PathLike) else path), partial=partial)
         try:
             if encoder is not None:
-                _check_same_space(store.model, encoder.identity, where=os.fspath(path))
-            return cls(store, encoder=encoder, device=device, reranker=reranker)
+                index = _for_encoder(index, encoder)
+            return cls(index, encoder=encoder, device=device, reranker=reranker)
         except BaseException:
-            store.close()
+            index.close()
             raise
 
     def __enter__(self) -> Self:
@@ -141,34 +149,28 @@ class Searcher:
         """Let go of the index's files."""
         with self._lock:
             self._view.retire()
-            self._store.close()
+            self._index.close()
 
     def refresh(self) -> int:
-        """Look at the newest generation from now on; returns its number.
+        """Look at the newest generation from now on; returns its number (of several indexes, their sum).
 
         Raises `IndexMismatchError` when the index was rebuilt for another model meanwhile: open it again.
         """
         with self._lock:
-            fresh = self._store.snapshot()
-            if not fresh.model.same_space(self._store.model):
-                fresh.close()
-                _check_same_space(fresh.model, self._store.model, where=self._store.path)
-            if fresh.generation == self._view.snapshot.generation:
-                fresh.close()
-            else:
-                old, self._view = self._view, View(fresh)
+            old, self._view = self._view, self._index.view(self._view)
+            if self._view is not old:
                 old.retire()
             return self._view.snapshot.generation
 
     @property
     def model(self) -> ModelIdentity:
         """Whose vectors these are."""
-        return self._store.model
+        return self._index.model
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How pictures of this index were prepared."""
-        return self._store.preprocessing
+        return self._index.preprocessing
 
     @property
     def encoder(self) -> Encodes:
@@ -177,8 +179,8 @@ class Searcher:
             if self._encoder is None:
                 from mmsearch.encoder import Encoder
 
-                loaded = Encoder.load(self._store.settings.get("model"), device=self._device)
-                _check_same_space(self._store.model, loaded.identity, where=self._store.path)
+                loaded = Encoder.load(self._index.settings.get("model"), device=self._device)
+                check_same_space(self._index.model, loaded.identity, where=self._index.path)
                 self._encoder = loaded
             return self._encoder
 
@@ -193,12 +195,12 @@ class Searcher:
                 from mmsearch.rerank.reranker import Reranker
 
                 self._reranker = Reranker.load(self._model_with_reranker(), device=self._device)
-            _check_same_space(self._store.model, self._reranker.towers, where=self._store.path)
+            check_same_space(self._index.model, self._reranker.towers, where=self._index.path)
             return self._reranker
 
     def info(self) -> dict[str, Any]:
         """What is in this index: counts, sizes in bytes, model. JSON values."""
-        return self._store.info()
+        return self._index.info()
 
     def search_text(
         self,
@@ -221,7 +223,7 @@ class Searcher:
         found = self._search(self.encoder.encode_texts([text]), asked, text=text)
         if self.encoder.truncated([text])[0]:
             note = f"the text is longer than {self.encoder.max_tokens} tokens; only its beginning was used"
-            return Hits(found, notes=(note, *found.notes))
+            return Hits(found, notes=(note, *found.notes), partial=found.partial)
         return found
 
     def search_image(
@@ -257,7 +259,8 @@ class Searcher:
         self, vector: Embeddings, asked: _Asked, *, text: str | None = None, pixels: Pixels | None = None
     ) -> Hits:
         """First stage, and the second where it is asked for and there is one."""
-        row, wish = check_embeddings(vector.reshape(1, -1), dim=self._store.dim, where="query vector"), asked.rerank
+        row = check_embeddings(vector.reshape(1, -1), dim=self._index.model.dim, where="query vector")
+        wish = asked.rerank
         more: list[str] = []
         with self._viewing() as view:
             stage = self._second_stage(view, more, asked=asked) if wish.depth else None
@@ -268,9 +271,9 @@ class Searcher:
                 hits, notes = _first_stage(view, row, asked, width=wish.competing(asked.k))
                 found = stage.reorder(question, hits, snapshot=view.snapshot, to=asked.to, k=asked.k, asked=wish)
                 if found is not None:
-                    return Hits(found.hits, notes=(*notes, *found.notes))
+                    return Hits(found.hits, notes=(*view.notes, *notes, *found.notes), partial=view.partial)
             hits, notes = _first_stage(view, row, asked, width=asked.k)
-            return Hits(hits, notes=(*notes, *more))
+            return Hits(hits, notes=(*view.notes, *notes, *more), partial=view.partial)
 
     @contextlib.contextmanager
     def _viewing(self) -> Iterator[View]:
@@ -287,7 +290,7 @@ class Searcher:
         """What re-orders; None where "auto" finds nothing to do it with, and a note where that is no normal state."""
         wish = asked.rerank
         may_skip = wish.is_auto and not wish.needs_probabilities
-        if wish.is_auto and not view.has_tokens(self._store.path):
+        if wish.is_auto and not view.has_tokens():
             if not may_skip:
                 raise no_probabilities("an index without stored tokens")
             return None
@@ -302,7 +305,7 @@ class Searcher:
             return None
         from mmsearch.second_stage import SecondStage
 
-        return SecondStage(reranker, self.encoder, view.tokens(self._store.path, reranker.tokens_identity))
+        return SecondStage(reranker, self.encoder, view.tokens(reranker.tokens_identity))
 
     def _can_rerank(self) -> bool:
         """Whether there is a re-ranker to load; nothing is loaded to find out."""
@@ -319,7 +322,7 @@ class Searcher:
     def _model_with_reranker(self) -> str | Path | None:
         if self._reranker_of is not None:
             return Path(self._reranker_of)
-        named = self._encoder.source if self._encoder is not None else self._store.settings.get("model")
+        named = self._encoder.source if self._encoder is not None else self._index.settings.get("model")
         return None if named is None else str(named)
 
 
@@ -346,14 +349,25 @@ def _merge_by_rank(lists: list[list[Hit]], k: int) -> list[Hit]:
     return [replace(best[item], rank=rank) for rank, (item, _) in enumerate(fused[:k], 1)]
 
 
-def _check_same_space(of_index: ModelIdentity, of_encoder: ModelIdentity, *, where: str) -> None:
-    if not of_index.same_space(of_encoder):
-        raise IndexMismatchError(
-            where,
-            expected=f"model {of_index.name} (weights {of_index.weights[:12]}, d = {of_index.dim})",
-            got=f"{of_encoder.name} (weights {of_encoder.weights[:12]}, d = {of_encoder.dim})",
-            do="Query it with its own model, or encode it anew: mmsearch index ... --model M --force.",
-        )
+def _opened(paths: list[str], *, partial: bool) -> Opened:
+    if len(paths) == 1:
+        return OneIndex(IndexStore.open(paths[0]))
+    from mmsearch.shards import Shards
+
+    return Shards(paths, partial=partial)
+
+
+def _for_encoder(index: Opened, encoder: Encodes) -> Opened:
+    """That index, or itself over its bridge to the encoder's model; `IndexMismatchError` without one."""
+    if isinstance(index, OneIndex) and not index.model.same_space(encoder.identity):
+        from mmsearch.bridged import bridged
+
+        over = bridged(index.path, index.model, encoder)
+        if over is not None:
+            index.close()
+            return over
+    check_same_space(index.model, encoder.identity, where=index.path)
+    return index
 
 
 def find_index(home: str | os.PathLike[str]) -> Path:

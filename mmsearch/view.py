@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from mmsearch.errors import UsageError
 from mmsearch.index.base import NeighbourIndex
@@ -19,12 +20,25 @@ from mmsearch.store.base import Located, Snapshot
 from mmsearch.store.tokens import TOKENS_NAME, TokenStore
 from mmsearch.types import Embeddings, Hit, Modality
 
+if TYPE_CHECKING:
+    from mmsearch.evidence import HoldsTokens
+
+Found: TypeAlias = tuple[Located, float]
+"""What a row stands for, and its cosine with the query."""
+
 
 class View:
-    """One generation with its neighbour indexes; closed when it is retired and the last search in it has ended."""
+    """One generation with its neighbour indexes; closed when it is retired and the last search in it has ended.
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
+    `path`: the index directory, None: it has no stored tokens. `notes`: what every answer from it should say;
+    `partial`: something that belongs to it is missing.
+    """
+
+    partial = False
+
+    def __init__(self, snapshot: Snapshot, *, path: str | None = None, notes: Sequence[str] = ()) -> None:
+        self.snapshot, self.notes = snapshot, tuple(notes)
+        self._path = path
         self._lock = threading.Lock()
         self._indexes: dict[Modality, NeighbourIndex] = {}
         self._tokens: dict[str, TokenStore] = {}
@@ -51,11 +65,15 @@ class View:
 
     def _close_when_empty(self) -> None:
         if self._retired and not self._inside:
-            self._indexes.clear()
-            for tokens in self._tokens.values():
-                tokens.close()
-            self._tokens.clear()
-            self.snapshot.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Let go of everything that was opened."""
+        self._indexes.clear()
+        for tokens in self._tokens.values():
+            tokens.close()
+        self._tokens.clear()
+        self.snapshot.close()
 
     def _index(self, modality: Modality) -> NeighbourIndex:
         with self._lock:
@@ -63,16 +81,22 @@ class View:
                 self._indexes[modality] = neighbours(self.snapshot, modality)
             return self._indexes[modality]
 
-    def has_tokens(self, path: str) -> bool:
-        """Whether the index at `path` has stored patch tokens of any kind; opens nothing."""
-        return bool(self._tokens) or os.path.exists(os.path.join(path, TOKENS_NAME))
+    def has_tokens(self) -> bool:
+        """Whether there are stored patch tokens of any kind; opens nothing."""
+        return bool(self._tokens) or (self._path is not None and os.path.exists(os.path.join(self._path, TOKENS_NAME)))
 
-    def tokens(self, path: str, identity: str) -> TokenStore:
-        """The patch tokens of the index at `path` that `identity` made, open as long as this view is."""
+    def tokens(self, identity: str) -> HoldsTokens | None:
+        """The patch tokens that `identity` made, open as long as this view is."""
+        if self._path is None:
+            return None
         with self._lock:
             if identity not in self._tokens:
-                self._tokens[identity] = TokenStore.open(path, identity=identity)
+                self._tokens[identity] = TokenStore.open(self._path, identity=identity)
             return self._tokens[identity]
+
+    def apart(self, found: list[Found]) -> list[Found]:
+        """Those that may be shown beside each other: here, all."""
+        return found
 
     def ranked(
         self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None
@@ -86,19 +110,18 @@ class View:
             if threshold is not None:
                 kept = [(score, row) for score, row in kept if score >= threshold]
             located = self.snapshot.locate([row for _, row in kept])
-            hits, hidden = _present(located, [score for score, _ in kept], k, os.path.lexists)
+            found = self.apart(list(zip(located, [score for score, _ in kept], strict=True)))
+            hits, hidden = _present(found, k, os.path.lexists)
             if len(hits) >= k or width >= available or len(kept) < width:
                 return hits, hidden
             width = min(width * 4, available)
         return [], 0
 
 
-def _present(
-    located: list[Located], scores: list[float], k: int, exists: Callable[[str], bool]
-) -> tuple[list[Hit], int]:
+def _present(found: list[Found], k: int, exists: Callable[[str], bool]) -> tuple[list[Hit], int]:
     hits: list[Hit] = []
     hidden = 0
-    for one, score in zip(located, scores, strict=True):
+    for one, score in found:
         if len(hits) == k:
             break
         if one.item.path is not None and not exists(one.item.path):

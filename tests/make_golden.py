@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmsearch.index.faiss import FaissFlat
+from mmsearch.derived_maker import IndexMaker
 from mmsearch.store import Batch, IndexStore, Skip, Upsert
 from mmsearch.types import ModelIdentity, Preprocessing, Skipped, SkipReason, Source, Stamp
 
@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
                 skips=[Skip(broken, Skipped("/golden/broken.png", SkipReason.TRUNCATED, "3 bytes"))],
             )
         )
-        store.update_derived(FaissFlat)
+        store.update_derived(IndexMaker("flat"))
         store.finish()
     for name in ("lock", "lock.json"):
         (folder / name).unlink(missing_ok=True)

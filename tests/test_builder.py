@@ -395,7 +395,7 @@ def test_a_folder_that_cannot_be_read_loses_nothing(photos, tmp_path):
     """Rights taken away below a scanned folder: its items are not known to be gone."""
     paint(photos / "sub" / "white.png", (255, 255, 255))
     run(photos, tmp_path / "index")
-    from mmsearch.builder import Scan
+    from mmsearch.scan import Scan
 
     scan = Scan([str(photos)], exclude=(), include_hidden=False)
     list(scan.sources())

@@ -14,6 +14,7 @@ from mmsearch.data.images import DEFAULT_LIMITS
 from mmsearch.data.reading import stamp_of
 from mmsearch.errors import IndexMismatchError, ModelError, UsageError
 from mmsearch.ingest import Ingest
+from mmsearch.pictures import LocalPictures
 from mmsearch.searcher import Searcher
 from mmsearch.similarity import normalise
 from mmsearch.store import IndexStore
@@ -242,14 +243,12 @@ def test_a_commit_that_was_cut_off_joins_its_rows_once(photos, out):
     with IndexStore.create(str(out), **made) as store:
         store.begin_scan()
         store.seen([source])
-        ingest = Ingest(
-            StoppedStore(store), encoder, batch_size=4, workers=1, limits=DEFAULT_LIMITS, told=SilentProgress(),
-            joins=encoder,
-        )  # fmt: skip
+        pictures = LocalPictures(encoder, batch_size=4, workers=1, limits=DEFAULT_LIMITS)
+        ingest = Ingest(StoppedStore(store), encoder, pictures, told=SilentProgress(), joins=encoder)
         with pytest.raises(KeyboardInterrupt):
             ingest.run(store.changes(scanned_roots=[""]), lambda *_: False)
         ingest.run(iter(()), lambda *_: False)
-        ingest.close()
+        pictures.close()
     assert encoder.images == 1
     assert_rows(out, red__png=joined("red", "blue"))
 

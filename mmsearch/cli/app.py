@@ -17,15 +17,24 @@ import typer.main
 
 from mmsearch import __version__
 from mmsearch.cli import terminal
+from mmsearch.cli.bridge import bridge
 from mmsearch.cli.demo import demo
 from mmsearch.cli.eval import evaluate
+from mmsearch.cli.exporting import export
+from mmsearch.cli.importing import import_
 from mmsearch.cli.index import index
 from mmsearch.cli.info import info
 from mmsearch.cli.library import Library
 from mmsearch.cli.match import match
+from mmsearch.cli.merge import merge
 from mmsearch.cli.models import models
+from mmsearch.cli.push import push
 from mmsearch.cli.query import query
+from mmsearch.cli.reindex import reindex
+from mmsearch.cli.serve_shards import serve_shards
+from mmsearch.cli.split import split
 from mmsearch.cli.train import train
+from mmsearch.cli.tune import tune
 from mmsearch.cli.verify import verify
 
 VERBS: Mapping[str, Callable[..., None]] = {
@@ -34,6 +43,15 @@ VERBS: Mapping[str, Callable[..., None]] = {
     "match": match,
     "info": info,
     "verify": verify,
+    "tune": tune,
+    "merge": merge,
+    "split": split,
+    "reindex": reindex,
+    "bridge": bridge,
+    "import": import_,
+    "export": export,
+    "push": push,
+    "serve-shards": serve_shards,
     "models": models,
     "demo": demo,
     "eval": evaluate,

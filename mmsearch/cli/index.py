@@ -29,7 +29,9 @@ def index(
     ctx: typer.Context,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH", help="Folders, pictures, CSV/JSONL tables; - reads paths from stdin."),
+        typer.Argument(
+            metavar="PATH", help="Folders, pictures, tables, s3:// or gs:// URIs; - reads paths from stdin."
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Where the index goes [default: indexes/NAME].")
@@ -52,6 +54,10 @@ def index(
             "--tokens/--no-tokens", help="Keep what the re-ranker reads of each picture, for faster --rerank."
         ),
     ] = None,
+    kind: options.Kind = None,
+    memory: options.Memory = None,
+    overlap: options.Overlap = None,
+    queries: options.Queries = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
     max_pixels: Annotated[
@@ -62,6 +68,17 @@ def index(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when anything was skipped.")] = False,
     device: options.OnDevice = options.Device.AUTO,
+    engine: Annotated[
+        options.Engine, typer.Option("--engine", help="Where pictures are encoded: here, or by a Ray cluster.")
+    ] = options.Engine.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster, or auto [default: a Ray of its own]."),
+    ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option("--work", metavar="DIR", help="Folder or URI that all nodes see [default: inside the index]."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on with an index of another model, or a damaged one; retry skips.")
     ] = False,
@@ -83,10 +100,17 @@ def index(
             prune=prune,
             item_vectors=None if item_vectors is None else item_vectors.value,
             tokens=tokens,
+            kind=kind,
+            memory=memory,
+            overlap=overlap,
+            queries=queries,
             batch_size=batch_size,
             workers=workers,
             max_pixels=max_pixels,
             device=device.value,
+            engine=engine.value,
+            address=address,
+            work=work,
             force=force,
             progress=bar,
         )

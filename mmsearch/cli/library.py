@@ -8,24 +8,41 @@ Decisions:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmsearch.errors import UsageError
+
 if TYPE_CHECKING:
+    from mmsearch.bridge_build import BridgeReport
     from mmsearch.encoder import Encoder, Encodes
     from mmsearch.evaluate.classification import Classification
     from mmsearch.evaluate.comparison import Comparison
     from mmsearch.evaluate.report import Evaluation
     from mmsearch.evidence import Reranks
+    from mmsearch.exchange.reports import ExportReport, ImportReport
     from mmsearch.explain import Explanation
     from mmsearch.matcher import Matcher
+    from mmsearch.reindex import ReindexReport
+    from mmsearch.reshard import CopyReport
+    from mmsearch.scale.engine_searcher import EngineSearcher
+    from mmsearch.scale.push import PushReport
     from mmsearch.searcher import Searcher
     from mmsearch.store import Problem
     from mmsearch.train.rerank_report import RerankReport
     from mmsearch.train.run import TrainReport
     from mmsearch.types import BuildReport, Hit
+
+
+def _check_no_cluster(**options: str | None) -> None:
+    """Options of a cluster mean nothing without one."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise UsageError(f"--{given}", expected="--engine ray beside it", got="--engine local")
 
 
 class Library:
@@ -40,21 +57,50 @@ class Library:
         out: Path,
         *,
         max_pixels: int | None = None,
+        engine: str = "local",
+        address: str | None = None,
+        work: str | None = None,
         **options: Any,  # noqa: ANN401 - as `build` has them
     ) -> BuildReport:
-        """`mmsearch.builder.build`; options that are None are left to it."""
+        """`mmsearch.builder.build`; options that are None are left to it. `address`, `work`: of the engine "ray"."""
         from mmsearch.builder import build
         from mmsearch.data.images import Limits
 
         limits = Limits() if max_pixels is None else Limits(max_pixels=max_pixels)
         given = {name: value for name, value in options.items() if value is not None}
-        return build(paths, out, encoder=self._encoder, reranker=self._reranker, limits=limits, **given)
+        models: dict[str, Any] = {"encoder": self._encoder, "reranker": self._reranker}
+        if engine == "local":
+            _check_no_cluster(address=address, work=work)
+            return build(paths, out, limits=limits, **models, **given)
+        from mmsearch.scale.ray_encode import RayEngine
 
-    def open(self, path: Path, *, device: str, reranker: Path | None = None) -> Searcher:
-        """`mmsearch.searcher.Searcher.open`; `reranker`: the model directory that has it."""
+        spread = RayEngine(address=address, work=work, device=str(given.get("device", "auto")))
+        with redirect_stdout(sys.stderr):  # Ray prints there what becomes of its nodes; stdout is data
+            return build(paths, out, limits=limits, engine=spread, **models, **given)
+
+    def open(
+        self,
+        path: Path | str | Sequence[Path],
+        *,
+        device: str,
+        reranker: Path | None = None,
+        partial: bool = False,
+        model: str | None = None,
+        filtered: bool = False,
+    ) -> Searcher | EngineSearcher:
+        """`mmsearch.searcher.Searcher.open`; `reranker`: the model directory that has it. An address: an engine.
+
+        `model`: asks instead of the index's own, over a bridge. `filtered`: for searches with conditions, which an
+        index directory answers as engines do.
+        """
+        encoder = self._encoder if model is None else self._load(model, device=device)
+        if filtered or (isinstance(path, str) and "://" in path):
+            from mmsearch.scale.engine_searcher import EngineSearcher, address_of
+
+            return EngineSearcher.open(address_of(path), encoder=encoder, device=device)
         from mmsearch.searcher import Searcher
 
-        return Searcher.open(path, encoder=self._encoder, device=device, reranker=reranker or self._reranker)
+        return Searcher.open(path, encoder=encoder, device=device, reranker=reranker or self._reranker, partial=partial)
 
     def explain(self, searcher: Searcher, hit: Hit, *, text: str | None, picture: str | None) -> Explanation:
         """`mmsearch.explain.explain` with the models of a searcher."""
@@ -82,12 +128,105 @@ class Library:
 
         return find_index(home)
 
-    def info(self, path: Path) -> dict[str, Any]:
-        """Facts about an index; loads no model."""
-        from mmsearch.store import IndexStore
+    def info(self, path: Path | str | Sequence[Path], *, partial: bool = False) -> dict[str, Any]:
+        """Facts about an index, or several, or what an engine holds; loads no model."""
+        if isinstance(path, str) and "://" in path:
+            with self.open(path, device="auto") as engine:
+                return engine.info()
+        from mmsearch.searcher import Searcher
 
-        with IndexStore.open(str(path)) as store:
-            return store.info()
+        with Searcher.open(path, partial=partial) as searcher:  # whatever the encoder of all commands is
+            return searcher.info()
+
+    def tune(self, index: Path, **options: Any) -> dict[str, Any]:  # noqa: ANN401 - as `tune_index` has them
+        """`mmsearch.derive.tune_index`."""
+        from mmsearch.derive import tune_index
+
+        return tune_index(index, encoder=self._encoder, **options)
+
+    def reindex(
+        self,
+        index: Path,
+        *,
+        model: str,
+        **options: Any,  # noqa: ANN401 - as `reindex` has them
+    ) -> ReindexReport:
+        """`mmsearch.reindex.reindex`; options that are None are left to it."""
+        from mmsearch.reindex import reindex
+
+        given = {name: value for name, value in options.items() if value is not None}
+        return reindex(index, model=model, encoder=self._encoder, reranker=self._reranker, **given)
+
+    def abort_reindex(self, index: Path) -> bool:
+        """`mmsearch.reindex.abort`."""
+        from mmsearch.reindex import abort
+
+        return abort(index)
+
+    def bridge(
+        self,
+        index: Path,
+        *,
+        model: str,
+        anew: bool = True,
+        device: str,
+        **options: Any,  # noqa: ANN401 - as `build_bridge` has them
+    ) -> BridgeReport | None:
+        """`mmsearch.bridge_build.build_bridge`; options that are None are left to it.
+
+        Without `anew` only where it is needed: None when the index has that model, or a bridge to it.
+        """
+        from mmsearch.bridge_build import build_bridge, needs_bridge
+
+        given = {name: value for name, value in options.items() if value is not None}
+        if not anew and not needs_bridge(index, self._load(model, device=device)):
+            return None
+        return build_bridge(index, model=model, encoder=self._encoder, device=device, **given)
+
+    def push(
+        self,
+        index: str,
+        address: str,
+        **options: Any,  # noqa: ANN401 - as `push` has them
+    ) -> PushReport:
+        """`mmsearch.scale.push.push`."""
+        from mmsearch.scale.push import push
+
+        return push(index, address, **options)
+
+    def serve_shards(self, indexes: Sequence[str], name: str, *, address: str) -> dict[str, Any]:
+        """`mmsearch.scale.ray_serve.serve`."""
+        from mmsearch.scale.ray_serve import serve
+
+        return serve(indexes, name, address=address)
+
+    def stop_shards(self, name: str, *, address: str) -> int:
+        """`mmsearch.scale.ray_serve.stop`."""
+        from mmsearch.scale.ray_serve import stop
+
+        return stop(name, address=address)
+
+    def merge(
+        self,
+        indexes: Sequence[str],
+        out: Path,
+        **options: Any,  # noqa: ANN401 - as `merge` has them
+    ) -> CopyReport:
+        """`mmsearch.reshard.merge`."""
+        from mmsearch.reshard import merge
+
+        return merge(indexes, out, encoder=self._encoder, **options)
+
+    def split(
+        self,
+        index: str,
+        out: Path,
+        **options: Any,  # noqa: ANN401 - as `split` has them
+    ) -> CopyReport:
+        """`mmsearch.reshard.split`."""
+        from mmsearch.reshard import split
+
+        return split(index, out, encoder=self._encoder, **options)
 
     def train(
         self,
@@ -108,11 +247,40 @@ class Library:
         settings = gathered(pairs, recipe=recipe, given=given, assignments=assignments)
         return (train_reranker if stage == "rerank" else train)(settings, out, **options)
 
+    def import_vectors(
+        self,
+        paths: Sequence[str],
+        out: Path,
+        **options: Any,  # noqa: ANN401 - as `import_vectors` has them
+    ) -> ImportReport:
+        """`mmsearch.exchange.import_vectors`."""
+        from mmsearch.exchange import import_vectors
+
+        encoder = self._encoder if options.get("model") is not None else None
+        return import_vectors(paths, out, encoder=encoder, **options)
+
+    def export_vectors(
+        self,
+        index: Path,
+        to: Path,
+        **options: Any,  # noqa: ANN401 - as `export_vectors` has them
+    ) -> ExportReport:
+        """`mmsearch.exchange.export_vectors`."""
+        from mmsearch.exchange import export_vectors
+
+        return export_vectors(index, to, **options)
+
     def verify(self, path: Path) -> list[Problem]:
-        """What is wrong with an index, also one that is too damaged to open."""
+        """What is wrong with an index, also one that is too damaged to open; or with all shards of a folder."""
+        from dataclasses import replace
+
+        from mmsearch.opened import directories
         from mmsearch.store.directory import verify
 
-        return verify(str(path))
+        folders = directories([path])
+        if folders == [str(path)]:
+            return verify(str(path))
+        return [replace(one, file=str(Path(folder, one.file))) for folder in folders for one in verify(folder)]
 
     def evaluate(
         self,

@@ -1,7 +1,8 @@
 """Where indexes are: the only reader of the environment.
 
 `MMSEARCH_HOME` is the folder that holds indexes (default `indexes`, below the current folder);
-`MMSEARCH_INDEX` is the index to use when none is named. Empty values count as unset.
+`MMSEARCH_INDEX` is the index to use when none is named, or several of them, separated as in PATH. A value with `://`
+is one address, whatever else is in it. Empty values count as unset.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from mmsearch.cli.library import Library
 from mmsearch.cli.terminal import say
+from mmsearch.errors import UsageError
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json")
 
@@ -36,12 +38,44 @@ def default_index(paths: Sequence[str]) -> Path:
 
 
 def chosen_index(named: str | None, library: Library) -> Path:
-    """The index to read: the named one, else `$MMSEARCH_INDEX`, else the last one updated, saying which."""
+    """The one index directory to read; see `chosen_indexes`."""
+    chosen = chosen_indexes([named] if named else [], library)
+    if isinstance(chosen, Path):
+        return chosen
+    got = _shown(chosen) if isinstance(chosen, str) else f"{len(chosen)} of them"
+    raise UsageError("index", expected="one index directory", got=got, do="Name one with --index.")
+
+
+def chosen_indexes(named: Sequence[str] | None, library: Library) -> Path | str | list[Path]:
+    """What to search: one directory, the address of an engine (a `str`, with `://`), or several directories as one.
+
+    The named ones, else those of `$MMSEARCH_INDEX`, else the last one updated, saying which.
+    """
     if named:
-        return Path(named)
+        return _together(named)
     if from_environment := os.environ.get("MMSEARCH_INDEX"):
-        say(f"index: {from_environment} (from MMSEARCH_INDEX)")
-        return Path(from_environment)
+        say(f"index: {_shown(from_environment)} (from MMSEARCH_INDEX)")
+        parts = [from_environment] if "://" in from_environment else from_environment.split(os.pathsep)
+        return _together([part for part in parts if part] or [from_environment])
     found = library.find_index(home())
     say(f"index: {found} (the last one updated under {home()}; --index names another)")
     return found
+
+
+def _shown(name: str) -> str:
+    """A place as messages have it: an address without its password."""
+    if "://" not in name:
+        return name
+    from mmsearch.scale.address import Address
+
+    return Address.parse(name).shown
+
+
+def _together(names: Sequence[str]) -> Path | str | list[Path]:
+    addresses = [name for name in names if "://" in name]
+    if addresses and len(names) > 1:
+        got = ", ".join(map(_shown, names))
+        raise UsageError("index", expected="one address, or directories", got=got, do="Search an engine by itself.")
+    if addresses:
+        return addresses[0]
+    return Path(names[0]) if len(names) == 1 else [Path(name) for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from mmsearch.cli import options
 from mmsearch.cli.explaining import draw_all, explained
 from mmsearch.cli.hits import print_json, print_paths, print_readable
-from mmsearch.cli.places import chosen_index
+from mmsearch.cli.places import chosen_indexes
 from mmsearch.cli.terminal import guarded, say
 from mmsearch.errors import UsageError
 
@@ -27,7 +27,12 @@ def query(
     image: Annotated[
         str | None, typer.Option("--image", metavar="FILE", help="Look for what is like this picture.")
     ] = None,
-    index: options.Index = None,
+    index: options.Indexes = None,
+    partial: options.Partial = False,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Ask with this model, over the index's bridge to it.")
+    ] = None,
+    where: options.Where = None,
     top: Annotated[int, typer.Option("--top", "-k", "-t", min=1, metavar="N", help="How many hits.")] = 10,
     threshold: Annotated[
         float | None, typer.Option("--threshold", metavar="X", help="Only hits that score X or more (-1 to 1).")
@@ -63,15 +68,17 @@ def query(
     _check(text, image, threshold)
     wish = _wish(rerank, min_probability=min_probability, cut="auto" if cut else None, budget_ms=budget_ms)
     more: list[dict[str, Any]] = []
-    named = {} if reranker is None else {"reranker": reranker}
-    with ctx.obj.open(chosen_index(index, ctx.obj), device=device.value, **named) as searcher:
-        hits = _search(searcher, text, image, k=top, to=to.value, threshold=threshold, rerank=wish)
+    conditions = _conditions(where)
+    given = {"reranker": reranker, "partial": partial or None, "model": model, "filtered": bool(where) or None}
+    named = {name: value for name, value in given.items() if value is not None}
+    with ctx.obj.open(chosen_indexes(index, ctx.obj), device=device.value, **named) as searcher:
+        hits = _search(searcher, text, image, k=top, to=to.value, threshold=threshold, rerank=wish, **conditions)
         if explain or explain_to is not None:
             why = [ctx.obj.explain(searcher, hit, text=text, picture=image) for hit in hits]
-            drawn = draw_all(why, hits, explain_to, draw=partial(ctx.obj.draw, searcher))
+            drawn = draw_all(why, hits, explain_to, draw=functools.partial(ctx.obj.draw, searcher))
             more = [{"explain": one.to_json(), "heat_map": path} for one, path in zip(why, drawn, strict=True)]
     if json:
-        print_json(hits, more=more)
+        print_json(hits, more=_partial(hits, more))
     elif paths or null:
         print_paths(hits, null=null)
     else:
@@ -80,6 +87,22 @@ def query(
         say(line)
     for note in hits.notes if hits else (*hits.notes, "no hits"):
         say(note)
+
+
+def _conditions(where: list[str] | None) -> dict[str, Any]:
+    """What --where adds to a search; `UsageError` for what is no condition."""
+    if not where:
+        return {}
+    from mmsearch.where import parse_condition
+
+    return {"where": tuple(parse_condition(text) for text in where)}
+
+
+def _partial(hits: Hits, more: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What else each hit's JSON says: that a part of the collection did not answer, too."""
+    if not getattr(hits, "partial", False):
+        return more
+    return [{**one, "partial": True} for one in more or [{} for _ in hits]]
 
 
 def _check(text: str | None, image: str | None, threshold: float | None) -> None:

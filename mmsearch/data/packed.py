@@ -20,6 +20,7 @@ import tarfile
 from dataclasses import dataclass
 
 from mmsearch.data.reading import MAX_BYTES, read_file, skip_reason, stamp_of
+from mmsearch.data.remote import is_uri, read_uri
 from mmsearch.errors import ImageError
 from mmsearch.types import SkipReason, Stamp
 
@@ -58,10 +59,12 @@ def packed(path: str) -> Packed | None:
 
 
 def read_picture(path: str, *, max_bytes: int = MAX_BYTES) -> tuple[bytes, Stamp]:
-    """The bytes of a picture by its path or its address, and the stamp of the file that they are in.
+    """The bytes of a picture by its path, its address or its URI, and the stamp of the file that they are in.
 
     Raises `ImageError` as `data.reading.read_file`; CHANGING where a shard is not the one that was listed.
     """
+    if is_uri(path):
+        return read_uri(path, max_bytes=max_bytes)
     place = packed(path)
     if place is None:
         return read_file(path, max_bytes=max_bytes)

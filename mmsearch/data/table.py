@@ -141,6 +141,11 @@ def _usable(header: Iterable[str]) -> int:
     return sum(name in IMAGE_COLUMNS or _CAPTION.fullmatch(name) is not None for name in names)
 
 
+def is_caption_column(name: str) -> bool:
+    """Whether a column of that name, in lower case, holds captions."""
+    return _CAPTION.fullmatch(name) is not None
+
+
 def check_columns(path: str, header: Sequence[str]) -> None:
     """`InputError` when a header has neither a column of pictures nor one of captions."""
     if not _usable(header):

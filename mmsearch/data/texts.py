@@ -22,13 +22,16 @@ OnSkip: TypeAlias = Callable[[Skipped], None]
 CAPTION_KEYS = ("caption", "captions", "title", "text")
 SIDECAR_EXTENSIONS = (".txt", ".json")
 
-_MAX_SIDECAR_BYTES = 1 << 20
+MAX_SIDECAR_BYTES = 1 << 20
+"""The largest side-car that is read."""
 _MAX_DEPTH = 32
 
 
 def clean(text: str) -> str:
     """Valid Unicode without NUL, white space trimmed."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    return text.replace("\0", " ").strip()
 
 
 def captions_in(value: object) -> tuple[str, ...]:
@@ -80,16 +83,23 @@ def split_texts(entries: Mapping[str, object]) -> tuple[tuple[str, ...], dict[st
     return unique(captions), metadata
 
 
+def _read(path: str) -> bytes:
+    return read_file(path, max_bytes=MAX_SIDECAR_BYTES)[0]
+
+
 def read_sidecars(
-    stem: str, found: frozenset[str] | set[str], on_skip: OnSkip
+    stem: str, found: frozenset[str] | set[str], on_skip: OnSkip, *, read: Callable[[str], bytes] = _read
 ) -> tuple[tuple[str, ...], dict[str, object]]:
-    """(captions, metadata) of the side-cars of `stem` (a path without ending) whose endings are in `found`."""
+    """(captions, metadata) of the side-cars of `stem` (a path without ending) whose endings are in `found`.
+
+    `read`: path -> bytes, where they are not local files; raises `ImageError` as `read_file` does.
+    """
     captions: tuple[str, ...] = ()
     metadata: dict[str, object] = {}
     for extension in sorted(found, reverse=True):  # .txt before .json
         path = stem + extension
         try:
-            data, _ = read_file(path, max_bytes=_MAX_SIDECAR_BYTES)
+            data = read(path)
             if extension.lower() == ".txt":
                 captions += captions_in(decoded(data).splitlines())
                 continue

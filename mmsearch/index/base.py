@@ -41,11 +41,14 @@ class NeighbourIndex(Protocol):
         """n, the rows it holds."""
         ...
 
-    def search(self, queries: Embeddings, k: int, *, allowed: Rows | None = None) -> tuple[Scores, Rows]:
+    def search(
+        self, queries: Embeddings, k: int, *, allowed: Rows | None = None, excluded: Rows | None = None
+    ) -> tuple[Scores, Rows]:
         """The k best rows for each query, best first: (q, d) unit rows -> (q, k), (q, k) int64.
 
-        `allowed`: sorted row numbers that may be returned; None for all. Raises `UsageError` for k < 1
-        and for queries that are not unit rows of dimension d.
+        `allowed`: sorted row numbers that may be returned; None for all. `excluded`: sorted row numbers that are there
+        and may not be; what is made of it is kept for the next search with the same array. Raises `UsageError` for
+        k < 1 and for queries that are not unit rows of dimension d.
         """
         ...
 

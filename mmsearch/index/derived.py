@@ -3,14 +3,16 @@
 Decisions:
 - A derived file that is missing, damaged, or of another vector file is passed over: the rows
   themselves are searched. One that is stale is completed by searching the rows it lacks.
-- Below 30,000 rows numpy answers before faiss is even imported, so the file is left alone.
-- Row numbers are those of the store. Dead rows are kept out by position, so nothing need be rebuilt.
+- Below 30,000 rows numpy answers before faiss is even imported, so a file for exact search is left alone.
+- Row numbers are those of the store. Dead rows are kept out inside the search, so nothing need be rebuilt.
+- Which part of the rows a file covers is said by its record; files with inverted lists know rows by their numbers,
+  others by their position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from mmsearch.errors import IndexDamagedError
 from mmsearch.index.base import NeighbourIndex, check_k, merged, padded
 from mmsearch.index.exact import ExactIndex
-from mmsearch.index.faiss import FaissFlat
+from mmsearch.index.layouts import FLAT
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Modality, Rows, Scores
 
@@ -29,6 +31,16 @@ _FEW = 4096
 
 class DerivedFile(Protocol):
     """What a store records about a derived file."""
+
+    @property
+    def kind(self) -> str:
+        """A kind of index."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its maker wrote down."""
+        ...
 
     @property
     def rows(self) -> int:
@@ -50,6 +62,11 @@ class StoredRows(Protocol[D]):
     @property
     def dim(self) -> int:
         """d."""
+        ...
+
+    @property
+    def row_count(self) -> int:
+        """Every row number is below this one."""
         ...
 
     def ranges(self, modality: Modality) -> list[tuple[int, int]]:
@@ -87,6 +104,12 @@ class Positions:
         self._firsts = self._ends - lengths
         self.size = int(lengths.sum())
 
+    def all(self) -> Rows:
+        """The rows, by position."""
+        starts, lengths = self._starts.tolist(), (self._ends - self._firsts).tolist()
+        pieces = [np.arange(first, first + n, dtype=np.int64) for first, n in zip(starts, lengths, strict=True)]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
     def rows(self, positions: Rows) -> Rows:
         """Positions to rows; -1 stays."""
         if not self.size:
@@ -106,6 +129,18 @@ class Positions:
         return found
 
 
+class ByRow(Positions):
+    """Row numbers where the index knows them as they are: positions are rows."""
+
+    def rows(self, positions: Rows) -> Rows:
+        """The same."""
+        return positions
+
+    def of(self, rows: Rows) -> Rows:
+        """Those of them that are in the ranges."""
+        return super().rows(super().of(rows))
+
+
 class StoredIndex:
     """Parts of the rows, each with its own index, searched together under the store's row numbers."""
 
@@ -115,27 +150,36 @@ class StoredIndex:
         self._parts, self._source, self._dead, self.kind = parts, source, dead, kind
         self.dim = source.dim
         self.size = sum(positions.size for positions, _ in parts) - len(dead)
-        self._alive = [_alive_positions(positions, dead) for positions, _ in parts]
+        self._gone = [
+            positions.of(dead) for positions, _ in parts
+        ]  # one array for good: indexes keep what they make of it
 
-    def search(self, queries: Embeddings, k: int, *, allowed: Rows | None = None) -> tuple[Scores, Rows]:
+    def search(
+        self, queries: Embeddings, k: int, *, allowed: Rows | None = None, excluded: Rows | None = None
+    ) -> tuple[Scores, Rows]:
         """See `base.NeighbourIndex.search`; row numbers are those of the store."""
         queries = check_embeddings(queries, dim=self.dim, where="query")
         check_k(k, len(queries))
-        found = [
-            self._search_part(number, queries, k, None if allowed is None else np.unique(np.asarray(allowed, np.int64)))
-            for number in range(len(self._parts))
-        ]
+        if excluded is not None:
+            allowed = self._others(excluded) if allowed is None else np.setdiff1d(allowed, excluded)
+        wanted = None if allowed is None else np.setdiff1d(np.asarray(allowed, np.int64), self._dead)
+        found = [self._search_part(number, queries, k, wanted) for number in range(len(self._parts))]
         if not found:
             return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
         scores, rows = merged(found, k)
         return np.where(rows < 0, -np.inf, np.clip(scores, -1.0, 1.0)).astype(np.float32), rows
 
+    def _others(self, excluded: Rows) -> Rows:
+        return np.setdiff1d(np.concatenate([positions.all() for positions, _ in self._parts]), excluded)
+
     def _search_part(self, number: int, queries: Embeddings, k: int, allowed: Rows | None) -> tuple[Scores, Rows]:
         positions, index = self._parts[number]
-        wanted = self._alive[number]
-        if allowed is not None:
-            wanted = positions.of(np.setdiff1d(allowed, self._dead, assume_unique=True))
-        if wanted is not None and len(wanted) <= _FEW:
+        gone = self._gone[number]
+        if allowed is None and positions.size - len(gone) > _FEW:
+            scores, found = index.search(queries, min(k, positions.size), excluded=gone if len(gone) else None)
+            return scores, positions.rows(found)
+        wanted = positions.of(np.setdiff1d(positions.all(), self._dead) if allowed is None else allowed)
+        if len(wanted) <= _FEW:
             few = positions.rows(wanted)
             scores, columns = ExactIndex(self._source.vectors(few)).search(queries, min(k, max(len(few), 1)))
             return scores, np.where(columns < 0, -1, few[columns]) if len(few) else columns
@@ -143,29 +187,20 @@ class StoredIndex:
         return scores, positions.rows(found)
 
 
-def _alive_positions(positions: Positions, dead: Rows) -> Rows | None:
-    """Positions that may be returned; None when that is all of them."""
-    gone = positions.of(dead)
-    if not len(gone):
-        return None
-    mask = np.ones(positions.size, dtype=np.bool_)
-    mask[gone] = False
-    return np.flatnonzero(mask).astype(np.int64)
-
-
 def neighbours(snapshot: StoredRows[D], modality: Modality, *, small: int = SMALL) -> NeighbourIndex:
     """The alive rows of `modality` at that generation, ready to be searched.
 
-    `small`: with fewer rows the derived file is not used (0: whenever it is there and intact).
+    `small`: with fewer rows a file for exact search is not used (0: whenever it is there and intact).
     """
     ranges = snapshot.ranges(modality)
     covered, kind = 0, ExactIndex.kind
     parts: list[tuple[Positions, NeighbourIndex]] = []
-    if sum(stop - start for start, stop in ranges) >= small:
-        loaded = _load(snapshot, modality, ranges)
+    derived = snapshot.derived(modality)
+    if derived is not None and (derived.kind != FLAT or sum(stop - start for start, stop in ranges) >= small):
+        loaded = _load(snapshot, derived, ranges)
         if loaded is not None:
-            covered, kind = loaded[0], FaissFlat.kind
-            parts.append(loaded[1:])
+            covered, kind = derived.rows, derived.kind
+            parts.append(loaded)
     for start, stop in ranges:
         if stop > covered:
             first = max(start, covered)
@@ -174,18 +209,32 @@ def neighbours(snapshot: StoredRows[D], modality: Modality, *, small: int = SMAL
 
 
 def _load(
-    snapshot: StoredRows[D], modality: Modality, ranges: Sequence[tuple[int, int]]
-) -> tuple[int, Positions, NeighbourIndex] | None:
-    """(rows covered, positions, index) of the derived file, if it can be relied on."""
-    derived = snapshot.derived(modality)
-    path = None if derived is None else snapshot.intact(derived)
-    if derived is None or path is None:
+    snapshot: StoredRows[D], derived: D, ranges: Sequence[tuple[int, int]]
+) -> tuple[Positions, NeighbourIndex] | None:
+    """(positions, index) of the derived file, if it can be relied on."""
+    path = snapshot.intact(derived)
+    if path is None:
         return None
-    positions = Positions([(start, min(stop, derived.rows)) for start, stop in ranges if start < derived.rows])
+    covered = [(start, min(stop, derived.rows)) for start, stop in ranges if start < derived.rows]
     try:
-        index = FaissFlat.load(path)
-    except IndexDamagedError:
-        return None  # the recorded bytes, but not what this FAISS reads
+        positions, index = _opened(snapshot, derived, path, covered)
+    except (IndexDamagedError, TypeError, ValueError, AttributeError):
+        return None  # the recorded bytes, but not what this FAISS, or this program, reads
     if index.size != derived.count or index.size != positions.size or index.dim != snapshot.dim:
         return None
-    return derived.rows, positions, index
+    return positions, index
+
+
+def _opened(
+    snapshot: StoredRows[D], derived: D, path: str, covered: Sequence[tuple[int, int]]
+) -> tuple[Positions, NeighbourIndex]:
+    if derived.kind == FLAT:
+        from mmsearch.index.faiss import FaissFlat
+
+        return Positions(covered), FaissFlat.load(path)
+    from mmsearch.index.approximate import read_file
+    from mmsearch.index.opening import open_index
+
+    positions, stored = Positions(covered), snapshot.block(0, snapshot.row_count)
+    index = open_index(read_file(path), derived.facts, kind=derived.kind, stored=stored, row_of=positions.all)
+    return (ByRow(covered) if index.by_rows else positions), index

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError
-from mmsearch.index.base import check_allowed, check_k, merged, padded
+from mmsearch.index.base import best_first, check_allowed, check_k, merged, padded
 from mmsearch.similarity import check_embeddings, top_k
 from mmsearch.types import Embeddings, Rows, Scores
 
 _BLOCK_BYTES = 16 << 20
 _KEEP_BYTES = 64 << 20
+_FEW_EXCLUDED = 256
 
 
 class ExactIndex:
@@ -49,11 +50,29 @@ class ExactIndex:
         """n."""
         return int(self._rows.shape[0])
 
-    def search(self, queries: Embeddings, k: int, *, allowed: Rows | None = None) -> tuple[Scores, Rows]:
+    def search(
+        self, queries: Embeddings, k: int, *, allowed: Rows | None = None, excluded: Rows | None = None
+    ) -> tuple[Scores, Rows]:
         """See `base.NeighbourIndex.search`."""
         queries = check_embeddings(queries, dim=self.dim, where="query")
         check_k(k, len(queries))
         wanted = check_allowed(allowed, self.size)
+        if excluded is not None and len(excluded):
+            return self._without(queries, k, wanted, excluded)
+        return self._searched(queries, k, wanted)
+
+    def _without(self, queries: Embeddings, k: int, wanted: Rows | None, excluded: Rows) -> tuple[Scores, Rows]:
+        """Every row but those: as long as they are few, more answers are asked for and theirs dropped."""
+        if wanted is None and len(excluded) <= min(_FEW_EXCLUDED, self.size // 2):
+            scores, rows = self._searched(queries, k + len(excluded), None)
+            scores = np.where(np.isin(rows, excluded), -np.inf, scores)
+            order = best_first(scores, np.where(np.isneginf(scores), -1, rows))[:, :k]
+            scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+            return scores, np.where(np.isneginf(scores), -1, rows)
+        left = np.arange(self.size, dtype=np.int64) if wanted is None else wanted
+        return self._searched(queries, k, left[~np.isin(left, excluded)])
+
+    def _searched(self, queries: Embeddings, k: int, wanted: Rows | None) -> tuple[Scores, Rows]:
         total = self.size if wanted is None else len(wanted)
         step = max(1, _BLOCK_BYTES // (4 * self.dim))
         best = (np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))

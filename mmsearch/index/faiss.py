@@ -38,6 +38,7 @@ class FaissFlat:
 
     def __init__(self, index: Any) -> None:  # noqa: ANN401 - faiss has no types
         self._index = index
+        self._excluded: tuple[Rows, Any] | None = None
 
     @classmethod
     def build(cls, rows: Embeddings) -> Self:
@@ -58,25 +59,34 @@ class FaissFlat:
         """n."""
         return int(self._index.ntotal)
 
-    def search(self, queries: Embeddings, k: int, *, allowed: Rows | None = None) -> tuple[Scores, Rows]:
+    def search(
+        self, queries: Embeddings, k: int, *, allowed: Rows | None = None, excluded: Rows | None = None
+    ) -> tuple[Scores, Rows]:
         """See `base.NeighbourIndex.search`. Which of several equal rows are among the k is FAISS's choice."""
         faiss = _faiss()
         queries = check_embeddings(queries, dim=self.dim, where="query")
         check_k(k, len(queries))
         wanted = check_allowed(allowed, self.size)
-        m = min(k, self.size if wanted is None else len(wanted))
-        if m == 0 or not len(queries):
+        if wanted is not None and excluded is not None:
+            wanted = wanted[~np.isin(wanted, excluded)]
+        gone = 0 if excluded is None else len(excluded)
+        m = min(k, self.size - gone if wanted is None else len(wanted))
+        if m <= 0 or not len(queries):
             empty = (np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
             return padded(*empty, k)
-        if wanted is None:
+        if wanted is None and not gone:
             scores, rows = self._index.search(queries, m)
         else:
-            bits = np.zeros(self.size, dtype=np.bool_)
-            bits[wanted] = True
-            selector = faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+            selector = bitmap(wanted) if wanted is not None else self._all_but(excluded)
             scores, rows = self._index.search(queries, m, params=faiss.SearchParameters(sel=selector))
         order = best_first(scores, rows)
         return padded(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1), k)
+
+    def _all_but(self, excluded: Rows | None) -> Any:  # noqa: ANN401 - faiss has no types
+        """The selector of everything else; kept, as long as the same array is asked for."""
+        if excluded is not None and (self._excluded is None or self._excluded[0] is not excluded):
+            self._excluded = (excluded, all_but(excluded))
+        return None if self._excluded is None else self._excluded[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write FAISS's own file format."""
@@ -116,6 +126,24 @@ class FaissFlat:
             yield np.ascontiguousarray(block, dtype="<f2").tobytes()
         if seen != count:
             raise UsageError("faiss file", expected=f"{count} rows", got=str(seen))
+
+
+def bitmap(ids: Rows) -> Any:  # noqa: ANN401 - faiss has no types
+    """FAISS's selector of these ids (sorted)."""
+    bits = np.zeros(int(ids[-1]) + 1 if len(ids) else 1, dtype=np.bool_)
+    bits[ids] = True
+    packed = np.packbits(bits, bitorder="little")
+    selector = _faiss().IDSelectorBitmap(packed)
+    selector.held = packed  # FAISS points at it
+    return selector
+
+
+def all_but(ids: Rows) -> Any:  # noqa: ANN401 - faiss has no types
+    """FAISS's selector of every id but these (sorted)."""
+    inner = bitmap(ids)
+    selector = _faiss().IDSelectorNot(inner)
+    selector.held = inner
+    return selector
 
 
 def _faiss() -> Any:  # noqa: ANN401 - faiss's own types do not know its Python layer

@@ -5,6 +5,7 @@ Decisions:
 - Replaced rows are not overwritten; they go into `dead`, and compaction leaves them out one day.
 - Moves pass through temporary names, so that files that swapped names can move in one batch; ids that
   a table swapped do likewise. Ids are given last, when it is known which ones are kept.
+- Vectors are checked together and new items inserted together (`insert`): an import brings millions of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
 from mmsearch.errors import UsageError
-from mmsearch.similarity import check_embeddings
+from mmsearch.similarity import UNIT_TOLERANCE, check_embeddings
 from mmsearch.store.base import Batch, ItemState, Move, Skip, Touch, Upsert
+from mmsearch.store.insert import Key, ids_for, insert, item_id, items_there, last_item
 from mmsearch.store.sqlite import encode_path, encode_stamp, encode_texts, plain
 from mmsearch.types import Embeddings, Rows, Source, Stamp
 
@@ -49,12 +51,13 @@ def plan_rows(
     plan = RowPlan(np.empty((0, dim), np.float32), np.empty((0, dim), np.float32))
     pictures = _pictures(connection, sorted({u.image_from for u in upserts if u.image_from is not None}))
     plan.copied = {item: facts for item, (_, facts) in pictures.items()}
-    images, texts = [], []
+    images: list[NDArray[Any]] = []
+    texts: list[NDArray[Any]] = []
     for position, upsert in enumerate(upserts):
-        where = upsert.source.path or upsert.source.name
+        where = _where(upsert)
         _check_one_picture(upsert, where)
         if upsert.image_vector is not None:
-            images.append(check_embeddings(np.asarray(upsert.image_vector)[None], dim=dim, where=where))
+            images.append(np.asarray(upsert.image_vector)[None])
             plan.image_of.append(position)
         elif upsert.image_from is not None:
             if upsert.image_from not in pictures:
@@ -62,11 +65,27 @@ def plan_rows(
             images.append(gather(np.array([pictures[upsert.image_from][0]], np.int64)))
             plan.image_of.append(position)
         if upsert.text_vectors is not None and len(upsert.text_vectors):
-            texts.append(check_embeddings(upsert.text_vectors, dim=dim, where=where))
+            texts.append(np.asarray(upsert.text_vectors))
             plan.text_of += [(position, part) for part in _parts(upsert, where)]
-    plan.images = np.concatenate(images) if images else plan.images
-    plan.texts = np.concatenate(texts) if texts else plan.texts
+    given = [upserts[position] for position in plan.image_of]
+    plan.images = _together(images, given, dim)
+    plan.texts = _together(texts, [u for u in upserts if u.text_vectors is not None and len(u.text_vectors)], dim)
     return plan
+
+
+def _where(upsert: Upsert) -> str:
+    return upsert.source.path or upsert.source.name
+
+
+def _together(rows: Sequence[NDArray[Any]], of: Sequence[Upsert], dim: int) -> Embeddings:
+    """Rows of upserts, (m, d) each, below one another: (n, d). Raises `UsageError` naming the first without norm 1."""
+    if all(part.ndim == 2 and part.shape[1] == dim for part in rows):
+        joined = np.concatenate(rows, dtype=np.float32) if rows else np.empty((0, dim), np.float32)
+        if (np.abs(np.linalg.norm(joined, axis=1) - 1.0) <= UNIT_TOLERANCE).all():
+            return joined
+    return np.concatenate(
+        [check_embeddings(part, dim=dim, where=_where(upsert)) for part, upsert in zip(rows, of, strict=True)]
+    )
 
 
 def _check_one_picture(upsert: Upsert, where: str) -> None:
@@ -107,12 +126,14 @@ def _picture_facts(upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> d
         "width": upsert.width,
         "height": upsert.height,
         "taken_at": None if upsert.taken_at is None else plain(upsert.taken_at),
-        "note": plain(upsert.note),
+        "note": plain(upsert.note) if upsert.note else "",
     }
     given = {name: value for name, value in columns.items() if value not in (None, "")}
     if upsert.keep_image:
         return given
-    return {**columns, **(copied[upsert.image_from] if upsert.image_from is not None else {}), **given}
+    if upsert.image_from is None:
+        return columns
+    return {**columns, **copied[upsert.image_from], **given}
 
 
 class Applier:
@@ -126,10 +147,8 @@ class Applier:
         for item in batch.removals:
             self._remove(item)
         self._move(batch.moves)
-        numbers = [self._upsert(upsert, plan.copied) for upsert in batch.upserts]
-        self._give_ids({n: plain(u.id) for n, u in zip(numbers, batch.upserts, strict=True) if u.id})
+        numbers = self._put_all(batch.upserts, plan, first_row)
         rows = [(first_row + i, numbers[position], None) for i, position in enumerate(plan.image_of)]
-        self._db.executemany("UPDATE items SET image = ? WHERE item = ?", [(row, item) for row, item, _ in rows])
         first_text = first_row + len(rows)
         texts = [(first_text + i, numbers[position], part) for i, (position, part) in enumerate(plan.text_of)]
         self._db.executemany("INSERT INTO rows (row, item, part) VALUES (?, ?, ?)", [*rows, *texts])
@@ -168,19 +187,61 @@ class Applier:
                 (*key, encode_path(move.source.path), *stamp, self._read_ns, move.item),
             )
 
-    def _upsert(self, upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> int:
-        values = {
+    def _put_all(self, upserts: Sequence[Upsert], plan: RowPlan, first_row: int) -> list[int]:
+        """Insert or update the items of all upserts: their numbers, in order. Old rows are buried, ids given."""
+        keys = [_key(upsert.source) for upsert in upserts]
+        there = items_there(self._db, keys)
+        new = {position: key for position, key in enumerate(keys) if key not in there}
+        if len(set(keys)) < len(keys):
+            raise _twice(upserts, keys)
+        images = {position: first_row + i for i, position in enumerate(plan.image_of)}
+        served = self._insert_new(new, upserts, plan.copied, images)
+        numbers = [there[key][0] if key in there else -1 for key in keys]
+        for number, position in enumerate(new, last_item(self._db) - len(new) + 1):
+            numbers[position] = number
+        for position, upsert in enumerate(upserts):
+            if position not in new:
+                self._update(numbers[position], there[keys[position]][1], upsert, plan.copied)
+        self._db.executemany(
+            "UPDATE items SET image = ? WHERE item = ?",
+            [(row, numbers[position]) for position, row in images.items() if position not in new],
+        )
+        self._give_ids({numbers[p]: plain(u.id) for p, u in enumerate(upserts) if u.id and p not in served})
+        return numbers
+
+    def _insert_new(
+        self,
+        new: Mapping[int, Key],
+        upserts: Sequence[Upsert],
+        copied: Mapping[int, Mapping[str, Any]],
+        images: Mapping[int, int],
+    ) -> set[int]:
+        """Insert the items at positions `new`; the positions that got the id they asked for."""
+        ids, served = ids_for(self._db, new, upserts)
+        rows = []
+        for item, (position, key) in enumerate(new.items(), last_item(self._db) + 1):
+            upsert = upserts[position]
+            if upsert.keep_image:
+                raise UsageError(_where(upsert), expected="a stored picture to keep", got="none")
+            first = {"item": item, "id": ids[position], "root": key[0], "name": key[1], "image": images.get(position)}
+            rows.append({**first, **self._values(upsert, copied)})
+        insert(self._db, rows)
+        return served
+
+    def _update(self, item: int, image: int | None, upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> None:
+        if upsert.keep_image and image is None:
+            raise UsageError(_where(upsert), expected="a stored picture to keep", got="none")
+        self._set(item, self._values(upsert, copied))
+        self._bury(item, pictures=not upsert.keep_image, texts=not upsert.keep_text)
+
+    def _values(self, upsert: Upsert, copied: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+        return {
             **self._facts(upsert.source, upsert.stamp or upsert.source.stamp),
             "state": ItemState.OK.value,
             "reason": None,
             "detail": "",
             **_picture_facts(upsert, copied),
         }
-        item, had_image = self._put(upsert.source, values)
-        if upsert.keep_image and not had_image:
-            raise UsageError(upsert.source.path or upsert.source.name, expected="a stored picture to keep", got="none")
-        self._bury(item, pictures=not upsert.keep_image, texts=not upsert.keep_text)
-        return item
 
     def _skip(self, skip: Skip) -> None:
         values = {
@@ -194,8 +255,16 @@ class Applier:
             "taken_at": None,
             "note": "",
         }
-        item, _ = self._put(skip.source, values)
-        self._bury(item, pictures=True, texts=True)
+        key = _key(skip.source)
+        there = items_there(self._db, [key])
+        if there:
+            (item, _), *_rest = there.values()
+            self._set(item, values)
+            self._bury(item, pictures=True, texts=True)
+            return
+        (new_id,) = ids_for(self._db, {0: key}, [])[0].values()
+        item = last_item(self._db) + 1
+        insert(self._db, [{"item": item, "id": new_id, "root": key[0], "name": key[1], **values}])
 
     def _facts(self, source: Source, stamp: Stamp | None) -> dict[str, Any]:
         size, mtime, ctime = encode_stamp(stamp)
@@ -210,27 +279,9 @@ class Applier:
             "metadata": metadata,
         }
 
-    def _put(self, source: Source, values: dict[str, Any]) -> tuple[int, bool]:
-        """Insert or update the item of that (root, name): its number, and whether it had a picture."""
-        key = (os.fsencode(source.root), os.fsencode(source.name))
-        there = self._db.execute("SELECT item, image FROM items WHERE root = ? AND name = ?", key).fetchone()
-        if there is not None:
-            sets = ", ".join(f"{name} = ?" for name in values)
-            self._db.execute(f"UPDATE items SET {sets} WHERE item = ?", (*values.values(), there[0]))
-            return there[0], there[1] is not None
-        everything = {"id": self._new_id(key), "root": key[0], "name": key[1], **values}
-        marks = ", ".join("?" * len(everything))
-        cursor = self._db.execute(
-            f"INSERT INTO items ({', '.join(everything)}) VALUES ({marks})", tuple(everything.values())
-        )
-        return int(cursor.lastrowid or 0), False
-
-    def _new_id(self, key: tuple[bytes, bytes]) -> str:
-        candidate, counter = item_id(*key), 0
-        while self._holder(candidate) is not None:
-            counter += 1
-            candidate = item_id(*key, counter=counter)
-        return candidate
+    def _set(self, item: int, values: Mapping[str, Any]) -> None:
+        sets = ", ".join(f"{name} = ?" for name in values)
+        self._db.execute(f"UPDATE items SET {sets} WHERE item = ?", (*values.values(), item))
 
     def _holder(self, public_id: str) -> int | None:
         found = self._db.execute("SELECT item FROM items WHERE id = ?", (public_id,)).fetchone()
@@ -261,7 +312,14 @@ class Applier:
         )
 
 
-def item_id(root: bytes, name: bytes, *, counter: int = 0) -> str:
-    """16 hex digits: xxh3_64 of root, NUL, name (and, when that is taken, NUL and a counter)."""
-    salt = b"\0%d" % counter if counter else b""
-    return str(xxhash.xxh3_64_hexdigest(root + b"\0" + name + salt))
+def _twice(upserts: Sequence[Upsert], keys: Sequence[Key]) -> UsageError:
+    last = {key: position for position, key in enumerate(keys)}
+    position = next(position for position, key in enumerate(keys) if last[key] != position)
+    return UsageError(_where(upserts[position]), expected="one upsert an item in a batch", got="two")
+
+
+def _key(source: Source) -> Key:
+    return os.fsencode(source.root), os.fsencode(source.name)
+
+
+__all__ = ["Applier", "RowPlan", "item_id", "plan_rows"]

@@ -162,9 +162,11 @@ class Batch:
     upserts: list[Upsert] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     touched: list[Touch] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    """Facts about the index as a whole (`meta`), set in the same step: how far an import is."""
 
     def __len__(self) -> int:
-        parts: tuple[Sequence[object], ...] = (self.removals, self.moves, self.upserts, self.skips, self.touched)
+        parts = (self.removals, self.moves, self.upserts, self.skips, self.touched, self.facts)
         return sum(len(part) for part in parts)
 
 
@@ -259,6 +261,10 @@ class Snapshot(Protocol):
 
     def rows_of(self, item_id: str, modality: Modality) -> Rows:
         """The rows of one item, by its public id; empty when it has none or is not there."""
+        ...
+
+    def present(self, ids: Iterable[str]) -> set[str]:
+        """Those of these public ids that items have which are there (skipped ones are not)."""
         ...
 
     def items(self, *, state: ItemState | None = ItemState.OK) -> Iterator[Known]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmsearch.errors import IndexDamagedError, MmsearchError
+from mmsearch.store import bridge_file, nested
 from mmsearch.store.base import ItemState, Problem
 from mmsearch.store.checksums import QUICK_BYTES, file_digest, is_intact
 from mmsearch.store.disk import REBUILD, REENCODE, os_fault
@@ -94,6 +95,8 @@ def verify(folder: str) -> list[Problem]:
             problems += _vector_problems(snapshot)
             problems += _derived_problems(folder, snapshot)
             problems += _token_problems(folder, snapshot)
+            problems += _nested_problems(folder)
+            problems += _bridge_problems(folder)
     except MmsearchError as error:
         problems.append(_problem(folder, error))
     except OSError as error:
@@ -163,6 +166,20 @@ def _token_problems(folder: str, snapshot: DirectorySnapshot) -> Iterator[Proble
         shown = names[:SHOWN_NAMES] or [digest.hex() for digest in sorted(wrong)[:SHOWN_NAMES]]
         rest = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
         yield Problem(TOKENS_NAME, f"patch tokens that are not those written: {', '.join(shown)}{rest}", RETOKENISE)
+
+
+def _nested_problems(folder: str) -> Iterator[Problem]:
+    """What is wrong with a reindexing that has begun; searches do not look at it."""
+    if nested.is_there(folder):
+        for problem in verify(nested.folder_of(folder)):
+            yield Problem(os.path.join(nested.FOLDER, problem.file), problem.what, nested.REPAIR)
+
+
+def _bridge_problems(folder: str) -> Iterator[Problem]:
+    try:
+        bridge_file.read(folder)
+    except IndexDamagedError as error:
+        yield Problem(bridge_file.NAME, _problem(folder, error).what, bridge_file.REFIT)
 
 
 def live_items(snapshot: DirectorySnapshot) -> dict[str, int]:

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from mmsearch.store import bridge_file, nested
 from mmsearch.store.base import ItemState
 from mmsearch.store.check import live_items
 from mmsearch.store.manifest import FORMAT, preprocessing_from
@@ -35,10 +36,21 @@ def facts_of(path: str, snapshot: DirectorySnapshot) -> dict[str, Any]:
         "vectors": {"file": snapshot.vectors_name, "rows": snapshot.row_count, "dim": snapshot.dim},
         **live_items(snapshot),
         "roots": {_shown_root(*row[:1], *row[2:]): row[1] for row in roots},
-        "derived": {name: {"file": one.file, "kind": one.kind, "rows": one.count} for name, one in derived.items()},
+        "derived": {
+            name: {"file": one.file, "kind": one.kind, "rows": one.count, "bytes": one.size, **one.facts}
+            for name, one in derived.items()
+        },
         "patch_tokens": patch_tokens,
+        **_upgrade(path),
         "bytes": _sizes(path),
     }
+
+
+def _upgrade(path: str) -> dict[str, Any]:
+    """A reindexing that has begun, and how far it is; a bridge, and where it leads. Nothing where neither is."""
+    found, ends = nested.look(path), bridge_file.ends_of(path)
+    facts = {} if found is None else {"reindex": {"model": asdict(found.model), "items": found.items}}
+    return facts | ({} if ends is None else {"bridge": {"model": asdict(ends[1])}})
 
 
 def _shown_root(root: bytes, first: bytes | None, last: bytes | None) -> str:

@@ -131,6 +131,8 @@ def _from_json(fields: dict[str, Any]) -> Manifest:
     for entry in derived.values():  # a path is followed only into the one folder that holds such files
         if os.path.dirname(entry.file) != DERIVED_FOLDER or os.path.basename(entry.file) in ("", ".", ".."):
             raise ValueError(f"a derived file at {entry.file!r}")
+        if not isinstance(entry.facts, dict):
+            raise ValueError(f"facts of a derived file that are {entry.facts!r}")
     shaped = {
         **fields,
         "model": ModelIdentity(**fields["model"]),

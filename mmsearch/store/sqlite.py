@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +31,7 @@ ITEMS_NAME = "items.sqlite"
 APPLICATION_ID = 0x6D6D7331  # "mms1"
 BUSY_MS = 10_000
 INT64_MAX = (1 << 63) - 1
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -175,13 +177,13 @@ def encode_path(path: str | None) -> bytes | None:
 
 def encode_json(value: object) -> str:
     """Canonical ASCII JSON: equal values give equal text; what is not JSON becomes its `str`."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return _JSON.encode(value)
 
 
 def encode_texts(captions: tuple[str, ...], metadata: Mapping[str, Any]) -> tuple[str, str]:
     """Captions and metadata as stored (the empty ones, which most have, without work)."""
     return (
-        encode_json(list(captions)) if captions else "[]",
+        "[" + ",".join(map(encode_basestring_ascii, captions)) + "]" if captions else "[]",
         encode_json(dict(metadata)) if metadata else "{}",
     )
 

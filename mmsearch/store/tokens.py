@@ -104,6 +104,11 @@ class TokenStore:
                 self._writer_lock.release()
 
     @property
+    def made_by(self) -> str | None:
+        """The identity of who made them; None where there are none that can be read."""
+        return self._ask(_identity, absent=None)
+
+    @property
     def count(self) -> int:
         """Pictures that have tokens."""
         return self._ask(lambda db: int(db.execute("SELECT count(*) FROM tokens").fetchone()[0]), absent=0)
@@ -266,6 +271,12 @@ def remove_tokens(index_path: str | os.PathLike[str]) -> None:
     with os_guard(path):
         for end in ("", "-wal", "-shm"):  # the log last: without its database it means nothing
             Path(path + end).unlink(missing_ok=True)
+
+
+def tokens_identity(index_path: str | os.PathLike[str]) -> str | None:
+    """Who made the tokens of an index; None where there are none that can be read."""
+    with TokenStore.open(index_path, identity=None) as tokens:
+        return tokens.made_by
 
 
 def wrong_tokens(index_path: str) -> list[Key]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError
 from mmsearch.store.base import Derived, DerivedWriter
 from mmsearch.store.checksums import ends_digest
+from mmsearch.store.derived import NewFile
 from mmsearch.store.disk import REENCODE
 from mmsearch.store.manifest import DERIVED_FOLDER
+from mmsearch.store.modality_rows import ModalityRows
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import is_text, write_meta
 from mmsearch.store.vectors import BLOCK_ROWS, digest, file_name, wrong_blocks
 from mmsearch.store.writer import Writer
 from mmsearch.types import Modality
 
-STALE_SHARE = 0.02
-"""A derived file is written anew when it lacks more than this share of the rows; searches scan the rest."""
+WORK_FOLDER = "build"
+"""Below the derived files: what a maker has half done."""
 
 
 def drop_damaged(writer: Writer) -> int:
@@ -115,61 +116,51 @@ def _alive(snapshot: DirectorySnapshot, blocks: list[tuple[int, int, str, int]])
 
 
 def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
-    """Write the derived files that are missing, damaged, of another kind or stale; then the manifest."""
+    """Have the derived files made that their maker finds missing, damaged or stale; then the manifest."""
     current: dict[str, Derived] = {}
+    work = os.path.join(writer.folder, DERIVED_FOLDER, WORK_FOLDER)
     with DirectorySnapshot(writer.folder, lenient=True) as snapshot:
         for modality in Modality:
-            total = sum(stop - start for start, stop in snapshot.ranges(modality))
+            rows = ModalityRows(snapshot, modality, work=os.path.join(work, modality.value))
             there = snapshot.derived(modality)
-            fresh = (
-                there is not None
-                and there.kind == derived_writer.kind
-                and total - there.count <= STALE_SHARE * total
-                and snapshot.intact(there) is not None
-            )
-            if there is not None and fresh:
-                current[modality.value] = there
-            elif total:
-                current[modality.value] = _write_derived(writer, snapshot, derived_writer, modality, total)
+            path = None if there is None else snapshot.intact(there)
+            made = derived_writer.make(rows, there=there, path=path) if rows.count else None
+            if made is not None:
+                current[modality.value] = made if isinstance(made, Derived) else _put(writer, snapshot, rows, made)
     writer.finish(current)
+    shutil.rmtree(work, ignore_errors=True)  # what is left of it would only be started from in vain
 
 
-def _write_derived(
-    writer: Writer, snapshot: DirectorySnapshot, derived_writer: DerivedWriter, modality: Modality, count: int
-) -> Derived:
+def _put(writer: Writer, snapshot: DirectorySnapshot, rows: ModalityRows, new: NewFile) -> Derived:
     writer.disk.make_dir(os.path.join(writer.folder, DERIVED_FOLDER))
-    file = f"{DERIVED_FOLDER}/{modality.value}-{snapshot.generation}.faiss"
+    generation = int(writer.facts()["generation"])
+    if os.path.lexists(os.path.join(writer.folder, _file_of(rows.modality, generation))):
+        with writer.transaction():  # the same rows, another file: a generation of its own, so that readers take it up
+            generation += 1
+    file = _file_of(rows.modality, generation)
     path, state = os.path.join(writer.folder, file), xxhash.xxh3_64()
 
     def chunks() -> Iterator[bytes]:
-        for chunk in derived_writer.chunks(_checked(snapshot, modality), dim=snapshot.dim, count=count):
+        for chunk in new.chunks:
             state.update(chunk)
             yield chunk
 
-    size = writer.disk.put(path, chunks(), need=count * snapshot.dim * 2)
+    size = writer.disk.put(path, chunks(), need=new.need)
     return Derived(
         file=file,
-        kind=derived_writer.kind,
-        modality=modality,
-        generation=snapshot.generation,
+        kind=new.kind,
+        modality=rows.modality,
+        generation=generation,
         vectors=snapshot.vectors_name,
-        rows=snapshot.row_count,
-        count=count,
+        rows=rows.stop,
+        count=rows.count,
         size=size,
         xxh3=str(state.hexdigest()),
         ends=ends_digest(path),
+        facts=dict(new.facts),
     )
 
 
-def _checked(snapshot: DirectorySnapshot, modality: Modality) -> Iterator[NDArray[np.float16]]:
-    """The rows of a modality block by block, each against its checksum: damage is not copied on."""
-    query = "SELECT first, count, xxh3 FROM blocks WHERE is_text = ? ORDER BY first"
-    for first, count, recorded in snapshot.execute(query, (is_text(modality),)):
-        block = snapshot.block(first, first + count)
-        if digest(block) != recorded:
-            raise IndexDamagedError(
-                snapshot.vectors_path,
-                got=f"rows {first} to {first + count - 1} that are not those written",
-                do=REENCODE,
-            )
-        yield block
+def _file_of(modality: Modality, generation: int) -> str:
+    """Where a derived file lies, relative to the index directory."""
+    return f"{DERIVED_FOLDER}/{modality.value}-{generation}.faiss"

@@ -70,6 +70,19 @@ class VectorFile:
         """(n,) row numbers -> (n, d) as stored, a copy."""
         return np.ascontiguousarray(self._map[rows])
 
+    def read(self, rows: Rows) -> NDArray[np.float16]:
+        """As `take`, but of sorted rows that lie close together by reading: the process does not grow by the file."""
+        span = int(rows[-1] - rows[0]) + 1 if len(rows) else 0
+        if span == 0 or span > 2 * len(rows) or (np.diff(rows) <= 0).any():
+            return self.take(rows)
+        try:
+            first = int(rows[0]) * self.dim * BYTES_PER_NUMBER
+            found = np.fromfile(self.path, HALF, count=span * self.dim, offset=first)
+        except FileNotFoundError:  # a compaction has replaced it; the mapping is still there
+            return self.take(rows)
+        picked: NDArray[np.float16] = found.reshape(span, self.dim)[rows - rows[0]]
+        return picked
+
     def gather(self, rows: Rows) -> Embeddings:
         """(n,) row numbers -> (n, d) float32."""
         return np.asarray(self._map[np.asarray(rows, dtype=np.int64)], dtype=np.float32)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mmsearch.errors import IndexDamagedError, UsageError
+from mmsearch.store import bridge_file, nested
 from mmsearch.store.apply import Applier, plan_rows
 from mmsearch.store.base import Batch, Derived
 from mmsearch.store.check import ItemsFile, live_items
@@ -45,6 +46,10 @@ from mmsearch.store.sqlite import BUSY_MS, ITEMS_NAME, read_meta, write_meta, wr
 from mmsearch.store.vectors import BYTES_PER_NUMBER, VectorFile, digest, encode, split
 from mmsearch.types import Embeddings, Rows
 
+_MANY = 4096
+"""From so many changes in a batch on, SQLite is given more room."""
+_ROOM_KIB = 1 << 16
+"""How much: ids come in no order, and in a large index each is on another page."""
 _PATIENCE_MS = 50
 """How long a reader with an old generation may hold up folding the log in; the next `finish` tries again."""
 
@@ -142,6 +147,8 @@ class Writer:
             return
         facts = self.facts()
         first, dim, path = int(facts["rows"]), int(facts["dim"]), self.path_of(facts)
+        if len(batch) >= _MANY:
+            self.db.execute(f"PRAGMA cache_size = -{_ROOM_KIB}")
 
         def gather(rows: Rows) -> Embeddings:
             return VectorFile(path, dim=dim, rows=first).gather(rows)
@@ -157,7 +164,7 @@ class Writer:
         with self.transaction() as db:
             Applier(db, read_ns=self._read_ns or time.time_ns()).apply(batch, plan, first_row=first)
             self.add_blocks(blocks)
-            write_meta(db, {"rows": first + len(images) + len(texts)})
+            write_meta(db, {**batch.facts, "rows": first + len(images) + len(texts)})
 
     def add_blocks(self, blocks: list[tuple[int, int, str, int]]) -> None:
         """Record checksums (first row, count, digest, 1 for texts); inside a transaction."""
@@ -207,6 +214,8 @@ class Writer:
         """Remove what neither the database nor the manifest names: leftovers of a killed writer."""
         manifest = manifest or _manifest_or_none(self.folder)
         current = str(self.facts()["vectors"])
+        for keeper in (nested, bridge_file):
+            keeper.tidy(self.folder, str(self.facts()["model"]), self.disk)
         for name in os.listdir(self.folder):
             if name != current and (fnmatch.fnmatch(name, "vectors*.f16") or name.endswith(".tmp")):
                 self.disk.remove(os.path.join(self.folder, name))

@@ -21,6 +21,8 @@ BEST = "best"
 """Where a training run keeps its best checkpoint, below its own folder."""
 SHIPPED = "bundled"
 """What the model that comes with mmsearch is called, whatever its own name is."""
+UNNAMED = "imported:"
+"""What the model of an index begins with whose vectors were imported without saying which model made them."""
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,80})?", re.ASCII)
 _PATH_STARTS = ("./", "../", "/", "~")
@@ -30,6 +32,13 @@ _PATIENCE_S = 5
 
 def locate(model: str | Path | None, *, bundled: Path = BUNDLED) -> tuple[Path, str]:
     """(directory, name for people) of `model`: None, "bundled" or the bundled name, a directory, or a hub name."""
+    if isinstance(model, str) and model.startswith(UNNAMED):
+        raise ModelError(
+            f"model {model!r}",
+            expected="a model's name",
+            got="vectors that were imported without one",
+            do="Say whose they are: mmsearch import PATH --out INDEX --model NAME (or use Searcher.search_vector).",
+        )
     if model is None or (model == SHIPPED and not Path(model).is_dir()):
         return bundled, str(_bundled_name(bundled))
     if isinstance(model, Path):

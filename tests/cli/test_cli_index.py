@@ -61,7 +61,8 @@ def test_every_option_reaches_the_builder(mmsearch):
     library = FakeLibrary()
     line = (
         "index a b --out o --model m --exclude *.tmp --exclude raw --include-hidden --prune --batch-size 8 "
-        "--workers 3 --max-pixels 1000 --device cpu --force --item-vectors fused --tokens"
+        "--workers 3 --max-pixels 1000 --device cpu --force --item-vectors fused --tokens "
+        "--engine ray --address auto --work /nfs"
     )
     assert mmsearch(*line.split(), library=library).code == 0
     told = built(library)
@@ -69,7 +70,7 @@ def test_every_option_reaches_the_builder(mmsearch):
     assert told == {
         "paths": ["a", "b"], "out": Path("o"), "model": "m", "exclude": ("*.tmp", "raw"), "include_hidden": True,
         "prune": True, "batch_size": 8, "workers": 3, "max_pixels": 1000, "device": "cpu", "force": True,
-        "item_vectors": "fused", "tokens": True,
+        "item_vectors": "fused", "tokens": True, "engine": "ray", "address": "auto", "work": "/nfs",
     }  # fmt: skip
 
 

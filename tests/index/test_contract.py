@@ -112,6 +112,24 @@ def test_a_saved_index_answers_the_same(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gone", [[], [3], list(range(0, 500, 7)), list(range(0, 500, 2)), list(range(500))])
+@pytest.mark.parametrize("allowed", [None, list(range(100, 400))])
+def test_excluded_rows_are_never_returned(kind, gone, allowed):
+    """Whether few or many are excluded, alone or beside the rows that are allowed; twice the same array is no trap."""
+    rows, queries, excluded = unit_rows(500), unit_rows(4, seed=1), np.array(gone, np.int64)
+    scores = queries @ rows.T
+    hidden = scores.copy()
+    hidden[:, excluded] = -np.inf
+    if allowed is not None:
+        hidden[:, np.setdiff1d(np.arange(500), allowed)] = -np.inf
+    expected = top_k(hidden, 20)
+    expected[1][np.isneginf(expected[0])] = -1
+    index = index_kind(kind).build(rows)
+    for _ in range(2):
+        same_answers(index.search(queries, 20, allowed=allowed, excluded=excluded), expected, scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", ["empty", "text", "short"])
 def test_a_file_that_is_no_index_is_named_as_damaged(kind, damage, tmp_path):
     """Never a crash, and the file's name is in the message."""
@@ -161,6 +179,7 @@ class FakeSnapshot:
 
     def __init__(self, spans, dead=(), derived=None, path=None):
         self._rows = unit_rows(spans[-1][1] if spans else 0)
+        self.row_count = len(self._rows)
         self._spans, self._dead, self._derived, self._path = spans, np.array(dead, np.int64), derived, path
 
     def ranges(self, modality):
@@ -183,8 +202,8 @@ class FakeSnapshot:
 
 
 class Covers:
-    def __init__(self, rows, count):
-        self.rows, self.count = rows, count
+    def __init__(self, rows, count, kind="faiss-flat", facts=None):
+        self.rows, self.count, self.kind, self.facts = rows, count, kind, facts or {}
 
 
 def derived_file(path, snapshot, rows):

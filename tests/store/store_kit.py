@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mmsearch.store import Batch, IndexStore, ItemState, Skip, Upsert
+from mmsearch.store.derived import NewFile
 from mmsearch.store.disk import Disk
 from mmsearch.types import Modality, ModelIdentity, Preprocessing, Skipped, SkipReason, Source, Stamp
 
@@ -103,9 +104,14 @@ class PlainDerived:
 
     kind = "plain"
 
-    def chunks(self, blocks, *, dim, count):
-        yield b"plain %d %d\n" % (dim, count)
-        for block in blocks:
+    def make(self, rows, *, there, path):
+        if path is not None and there.kind == self.kind and rows.count - there.count <= 0.02 * rows.count:
+            return there
+        return NewFile(self.kind, self.chunks(rows), need=rows.count * rows.dim * 2, facts={"plain": True})
+
+    def chunks(self, rows):
+        yield b"plain %d %d\n" % (rows.dim, rows.count)
+        for _, block in rows.blocks():
             yield block.tobytes()
 
 

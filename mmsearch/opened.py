@@ -1,0 +1,121 @@
+"""What a searcher searches: which directories a path names, an index that is open, and its newest generation.
+
+A folder that `split` made says in `shards.json` which indexes are in it, and its path names them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmsearch.errors import IndexDamagedError, IndexMismatchError
+from mmsearch.store.directory import IndexStore
+from mmsearch.types import ModelIdentity, Preprocessing
+from mmsearch.view import View
+
+SHARDS_NAME = "shards.json"
+_SIZE_LIMIT = 1 << 20
+
+
+class Opened(Protocol):
+    """An open index, or several as one: `OneIndex`, `shards.Shards`."""
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def model(self) -> ModelIdentity:
+        """Whose vectors these are."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its pictures were prepared."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it was made with; `model` is what to load."""
+        ...
+
+    def view(self, old: View | None = None) -> View:
+        """The newest generation; `old` where that is what it shows. Raises `IndexMismatchError` for another model."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """What is in it: JSON values, sizes in bytes."""
+        ...
+
+    def close(self) -> None:
+        """Let go; views that are still used close with their last search."""
+        ...
+
+
+class OneIndex:
+    """One index directory."""
+
+    def __init__(self, store: IndexStore) -> None:
+        self._store, self.path, self.model = store, store.path, store.model
+        self.preprocessing, self.settings = store.preprocessing, store.settings
+
+    def view(self, old: View | None = None) -> View:
+        """See `Opened.view`."""
+        fresh = self._store.snapshot()
+        try:
+            check_same_space(fresh.model, self.model, where=self.path)
+        except BaseException:
+            fresh.close()
+            raise
+        if old is not None and fresh.generation == old.snapshot.generation:
+            fresh.close()
+            return old
+        return View(fresh, path=self.path)
+
+    def info(self) -> dict[str, Any]:
+        """See `Opened.info`."""
+        return self._store.info()
+
+    def close(self) -> None:
+        """See `Opened.close`."""
+        self._store.close()
+
+
+def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str) -> None:
+    """Raise `IndexMismatchError`, naming both models, unless rows of the two can be compared."""
+    if not of_index.same_space(got):
+        raise IndexMismatchError(
+            where,
+            expected=f"model {of_index.name} (weights {of_index.weights[:12]}, d = {of_index.dim})",
+            got=f"{got.name} (weights {got.weights[:12]}, d = {got.dim})",
+            do="Ask with its own model, or give it that one: mmsearch reindex (mmsearch bridge until that is done).",
+        )
+
+
+def directories(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The index directories that these paths name: themselves, or the shards of a folder that `split` made.
+
+    Raises `IndexDamagedError` for such a folder whose list of shards cannot be read.
+    """
+    return [one for path in paths for one in shards_of(os.fspath(path)) or [os.fspath(path)]]
+
+
+def shards_of(folder: str) -> list[str]:
+    """The shards of a folder that `split` made, whether or not they are there; [] for another folder."""
+    listing = Path(folder, SHARDS_NAME)
+    try:
+        with open(listing, "rb") as file:
+            names = json.loads(file.read(_SIZE_LIMIT))["shards"]
+        if not names or not all(isinstance(name, str) and os.path.basename(name) == name for name in names):
+            raise ValueError("no names of folders")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IndexDamagedError(
+            str(listing), expected="a list of shards", got=str(error)[:200], do="Name each shard with its own --index."
+        ) from error
+    return [os.path.join(folder, name) for name in names]

@@ -1,0 +1,333 @@
+"""Shards held by Ray actors, searched as one: `ray://NAME`, or `ray://HOST:PORT/NAME` for a cluster elsewhere.
+
+    …?deadline_ms=500      how long a search waits for its slowest shard [10000]
+    …?missing=error        a shard that does not answer is an error, not a partial answer
+
+Decisions:
+- Plain named actors, detached: they outlive the command that started them, and Ray restarts one that dies.
+- Each shard answers with its k best, scores that do not depend on its neighbours, and ties ordered by id: merged, that
+  is what one index of all rows answers.
+- A shard that is dead, refuses or is late is named in the answer. Only when none answers, or when that was asked for,
+  it is an error. The next search asks it again.
+- Changes need all shards. An item goes to the shard that has it, a new one where the hash of its id says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Self
+from urllib.parse import urlencode
+
+import xxhash
+
+import mmsearch.errors
+from mmsearch.errors import IndexNotFoundError, MmsearchError, StoreError, UsageError
+from mmsearch.index.base import check_k
+from mmsearch.opened import directories
+from mmsearch.scale.address import Address
+from mmsearch.scale.engine import (
+    Answer,
+    Collection,
+    Entry,
+    answer_of,
+    best,
+    check_entries,
+    item_from,
+    refuse_other_model,
+)
+from mmsearch.scale.ray_session import RaySession, connect
+from mmsearch.scale.ray_shard import Registry, Shard, sent
+from mmsearch.similarity import check_embeddings
+from mmsearch.types import Embeddings, Item, Modality
+from mmsearch.where import Where
+
+NAMESPACE = "mmsearch"
+DEADLINE_MS = 10_000
+_CHANGE_S = 600.0
+_START_S = 120.0
+_OURS = {"deadline_ms", "missing"}
+
+
+class RayEngine:
+    """See `engine.Engine`."""
+
+    files_are_here = False
+    most_bytes: int | None = None
+
+    def __init__(self, address: Address, session: RaySession, name: str) -> None:
+        self.where, self._session, self._ray = address.shown, session, session.ray
+        self._deadline, self._partial = _policy(address)
+        about, self._shards = _registered(self._ray, name, self.where)
+        self.collection = Collection.from_json(about, where=self.where)
+        self._model = json.dumps(asdict(self.collection.model))
+
+    @classmethod
+    def open(cls, address: Address, *, create: Collection | None = None) -> Self:
+        """See `engine.Engine.open`. Shards are not made here: `serve` starts those that are there."""
+        address.refuse_other_options(_OURS)
+        where, name = _place(address)
+        _policy(address)  # a wrong option is found before Ray is
+        session = connect(where)
+        try:
+            engine = cls(address, session, name)
+            if create is not None:
+                refuse_other_model(engine.collection.model, create.model, where=engine.where)
+        except BaseException:
+            session.close()
+            raise
+        return engine
+
+    def search(self, queries: Embeddings, k: int, *, modality: Modality, where: Where = ()) -> Answer:
+        """See `engine.Engine.search`. `missing` of the answer: the shards that did not answer, and why."""
+        queries = check_embeddings(queries, dim=self.collection.model.dim, where="query")
+        check_k(k, len(queries))
+        found, missing = self._ask("search", queries, k, modality.value, where)
+        lists: list[list[tuple[float, str, int]]] = [[] for _ in queries]
+        for answer in found.values():
+            for one, scores, ids, parts in zip(lists, answer.scores, answer.ids, answer.parts, strict=True):
+                one += zip(map(float, scores), ids, parts, strict=False)
+        return answer_of([best(one, k) for one in lists], k, missing=missing)
+
+    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+        """See `engine.Engine.fetch`."""
+        found, _ = self._ask("fetch", list(ids))
+        return {n: item_from(text, where=self.where) for some in found.values() for n, text in some.items()}
+
+    def count(self, modality: Modality) -> int:
+        """See `engine.Engine.count`."""
+        found, _ = self._ask("count", modality.value)
+        return sum(found.values())
+
+    def _ask(self, method: str, *values: Any) -> tuple[dict[int, Any], list[str]]:  # noqa: ANN401 - as shards have them
+        """What each shard says, by number, and which ones say nothing in time."""
+        found, problems = self._gather(self._every(*values), method, self._deadline)
+        refused = [error for error in problems.values() if isinstance(error, UsageError)]
+        if refused:
+            raise refused[0]  # the question is wrong, not the shard
+        missing = [f"{self._shards[n][0]}: {error}" for n, error in sorted(problems.items())]
+        if missing and (not found or not self._partial):
+            raise StoreError(
+                self.where,
+                expected=f"{len(self._shards)} shards to answer",
+                got="; ".join(missing)[:400],
+                do="Ray restarts a shard that died; ask again, or start them anew: mmsearch serve-shards.",
+            )
+        return found, missing
+
+    def _gather(
+        self, asked: dict[int, tuple[Any, ...]], method: str, seconds: float
+    ) -> tuple[dict[int, Any], dict[int, Exception]]:
+        """Ask some shards at once: values and errors by number."""
+        found: dict[int, Any] = {}
+        problems: dict[int, Exception] = {}
+        waiting: dict[Any, int] = {}
+        for number, values in asked.items():
+            try:
+                actor = self._ray.get_actor(self._shards[number][1], namespace=NAMESPACE)
+                waiting[actor.ask.remote(self._model, method, *values)] = number
+            except (ValueError, self._ray.exceptions.RayError) as error:
+                problems[number] = _gone(error)
+        ready, late = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=seconds) if waiting else ([], [])
+        for ref in ready:
+            try:
+                found[waiting[ref]] = _value(self._ray.get(ref))
+            except MmsearchError as error:
+                problems[waiting[ref]] = error
+            except self._ray.exceptions.RayError as error:
+                problems[waiting[ref]] = _gone(error)
+        for ref in late:
+            problems[waiting[ref]] = StoreError(f"no answer within {seconds * 1000:.0f} ms")
+            self._ray.cancel(ref)  # one that only waits in the actor's queue need not be worked on any more
+        return found, problems
+
+    def _all(self, asked: dict[int, tuple[Any, ...]], method: str) -> dict[int, Any]:
+        """As `_gather`, for changes: every shard asked must answer."""
+        found, problems = self._gather(asked, method, _CHANGE_S)
+        for number, error in sorted(problems.items()):
+            if isinstance(error, MmsearchError) and error.expected:
+                raise error
+            got = f"{self._shards[number][0]}: {error}"
+            raise StoreError(self.where, expected="all shards for a change", got=got, do="Try again.")
+        return found
+
+    def _every(self, *values: Any) -> dict[int, tuple[Any, ...]]:  # noqa: ANN401 - as shards have them
+        return dict.fromkeys(range(len(self._shards)), values)
+
+    def upsert(self, entries: Sequence[Entry]) -> None:
+        """See `engine.Engine.upsert`."""
+        check_entries(entries, dim=self.collection.model.dim, where=self.where)
+        have = self._all(self._every([entry.item.id for entry in entries]), "digests")
+        home = {name: number for number, digests in have.items() for name in digests}
+        asked: dict[int, list[Any]] = {}
+        for entry in entries:
+            by_hash = xxhash.xxh3_64_intdigest(entry.item.id.encode("utf-8", "surrogatepass")) % len(self._shards)
+            asked.setdefault(home.get(entry.item.id, by_hash), []).append(sent(entry))
+        self._all({number: (some,) for number, some in asked.items()}, "upsert")
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """See `engine.Engine.delete`."""
+        self._all(self._every(list(ids)), "delete")
+
+    def digests(self, ids: Sequence[str]) -> dict[str, str]:
+        """See `engine.Engine.digests`."""
+        found = self._all(self._every(list(ids)), "digests")
+        return {name: digest for some in found.values() for name, digest in some.items()}
+
+    def ids(self) -> Iterator[list[str]]:
+        """See `engine.Engine.ids`."""
+        for number in range(len(self._shards)):
+            last = -1
+            while page := self._all({number: (last,)}, "ids")[number]:
+                last = page[-1][0]
+                yield [name for _, name in page]
+
+    def mark(self) -> str:
+        """See `engine.Engine.mark`. Shards that differ were left by a push that was killed."""
+        marks = set(self._all(self._every(), "mark").values())
+        return marks.pop() if len(marks) == 1 else ""
+
+    def set_mark(self, mark: str) -> None:
+        """See `engine.Engine.set_mark`."""
+        self._all(self._every(mark), "set_mark")
+
+    def finish(self) -> list[str]:
+        """See `engine.Engine.finish`."""
+        self._all(self._every(), "finish")
+        return []
+
+    def info(self) -> dict[str, Any]:
+        """See `engine.Engine.info`."""
+        found, missing = self._ask("count", Modality.IMAGE.value)
+        return {
+            "engine": "ray",
+            "server": f"Ray {self._ray.__version__}",
+            "shards": {label: found.get(number) for number, (label, _) in enumerate(self._shards)},
+            "missing": missing,
+        }
+
+    def close(self) -> None:
+        """See `engine.Engine.close`. The shards go on."""
+        self._session.close()
+
+
+def serve(indexes: Sequence[str], name: str, *, address: str | None = "auto") -> dict[str, Any]:
+    """Start an actor for each index directory, under one name, and return what is served: JSON values.
+
+    They go on until `stop`. The directories must be readable where Ray places the actors. All must be of one model:
+    `IndexMismatchError` names both fingerprints of the first that is not. Raises `UsageError` for a name in use.
+    """
+    checked = _checked(name)
+    indexes = [os.path.abspath(path) for path in directories(indexes)]
+    with connect(address) as session:
+        ray = session.ray
+        if _actor(ray, f"{checked}/registry") is not None:
+            do = f"End those first: mmsearch serve-shards --stop --name {name}"
+            raise UsageError(f"shards {name}", expected="a free name", got="one in use", do=do)
+        _kill(ray, [f"{checked}/{n}" for n in range(len(indexes))])  # of a start that was killed half way
+        names = [(path, f"{checked}/{number}") for number, path in enumerate(indexes)]
+        actors = [_start(ray, Shard, actor, path) for path, actor in names]
+        try:
+            about = _joined(ray, actors)
+            registry = _start(ray, Registry, f"{checked}/registry", about, names)
+            ray.get(registry.about.remote(), timeout=_START_S)
+        except BaseException:
+            _kill(ray, [actor for _, actor in names])
+            raise
+        return {"name": checked, "index": f"ray://{checked}", "shards": list(indexes)}
+
+
+def _checked(name: str) -> str:
+    """A name of letters, digits and _, so that it can stand in an address."""
+    return Address.parse(f"ray://shards?{urlencode({'collection': name})}").collection
+
+
+def _joined(ray: Any, actors: Sequence[Any]) -> str:  # noqa: ANN401 - the module ray, actor handles
+    """Ask every shard whose vectors it has; the first decides, others are refused."""
+    deadline, model, about = time.monotonic() + _START_S, "", ""
+    for actor in actors:
+        try:
+            reply = ray.get(actor.ask.remote(model, "about"), timeout=max(1.0, deadline - time.monotonic()))
+        except ray.exceptions.RayError as error:
+            raise _gone(error) from error
+        about = about or _value(reply)
+        model = json.dumps(json.loads(about)["model"])
+        _value(reply)
+    return about
+
+
+def stop(name: str, *, address: str | None = "auto") -> int:
+    """End the actors of a name; how many there were. Raises `IndexNotFoundError` when it is not served."""
+    with connect(address) as session:
+        _, shards = _registered(session.ray, _checked(name), f"ray://{name}")
+        _kill(session.ray, [f"{name}/registry", *(actor for _, actor in shards)])
+        return len(shards)
+
+
+def _start(ray: Any, kind: type, actor: str, *values: Any) -> Any:  # noqa: ANN401 - the module ray, actor handles
+    options = {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0, "scheduling_strategy": "SPREAD"}
+    return ray.remote(kind).options(name=actor, namespace=NAMESPACE, **options).remote(*values)
+
+
+def _actor(ray: Any, name: str) -> Any:  # noqa: ANN401 - the module ray, an actor handle or None
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _kill(ray: Any, names: Sequence[str]) -> None:  # noqa: ANN401 - the module ray
+    for name in names:
+        actor = _actor(ray, name)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+
+def _registered(ray: Any, name: str, where: str) -> tuple[str, list[tuple[str, str]]]:  # noqa: ANN401 - the module ray
+    """The collection as JSON, and (label, actor's name) of every shard."""
+    registry = _actor(ray, f"{name}/registry")
+    if registry is None:
+        raise IndexNotFoundError(
+            where, expected=f"shards served as {name!r}"[:80], got="none",
+            do=f"Start them: mmsearch serve-shards INDEX... --name {name}",
+        )  # fmt: skip
+    try:
+        about, shards = ray.get(registry.about.remote(), timeout=_START_S)
+    except ray.exceptions.RayError as error:
+        raise _gone(error) from error
+    return about, [(label, actor) for label, actor in shards]
+
+
+def _place(address: Address) -> tuple[str, str]:
+    """(where Ray is, the name) of `ray://NAME` or `ray://HOST:PORT/NAME`."""
+    parts, name = address.parts, address.parts.path.strip("/")
+    if name:
+        return parts.netloc, name
+    if not parts.netloc or parts.port is not None:
+        raise UsageError(address.shown, expected="ray://NAME or ray://HOST:PORT/NAME", got="no name")
+    return "auto", parts.netloc
+
+
+def _policy(address: Address) -> tuple[float, bool]:
+    """(deadline of a search in seconds, whether an answer may be partial) from the options."""
+    partial = address.choice("missing", "partial", "error") == "partial"
+    return address.number("deadline_ms", DEADLINE_MS, most=3_600_000) / 1000, partial
+
+
+def _value(reply: tuple[bool, Any]) -> Any:  # noqa: ANN401 - what a shard says
+    """The value of a shard's reply, or its error."""
+    fine, value = reply
+    if fine:
+        return value
+    kind, where, expected, got, do = value
+    error = getattr(mmsearch.errors, kind, None)
+    plain = isinstance(error, type) and issubclass(error, MmsearchError) and error.__init__ is MmsearchError.__init__
+    raise (error if plain else StoreError)(where, expected=expected, got=got, do=do)  # type: ignore[misc]
+
+
+def _gone(error: Exception) -> StoreError:
+    """A shard that Ray cannot reach, in a few words."""
+    return StoreError(f"not there ({type(error).__name__})")

@@ -1,0 +1,105 @@
+"""Whose vectors they are: what an index records, and what can then be asked of it."""
+
+import numpy as np
+import pytest
+from exchange_kit import npy, pictures, unit
+from PIL import Image
+
+from mmsearch.builder import build
+from mmsearch.encoder import Encoder
+from mmsearch.errors import IndexMismatchError, ModelError, UsageError
+from mmsearch.exchange import import_vectors
+from mmsearch.searcher import Searcher
+from mmsearch.store import IndexStore
+from mmsearch.testing import COLORS, ColorEncoder
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """The vectors that `ColorEncoder` gives eight colours, as a file."""
+    return npy(tmp_path / "colours.npy", ColorEncoder().encode_texts(list(COLORS)).astype(np.float16))
+
+
+def test_vectors_of_a_model_are_found_by_its_words(tmp_path, colours):
+    """With the model named, texts are encoded by it: "blue" finds the vector that the model gave blue."""
+    import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    with Searcher.open(tmp_path / "i", encoder=ColorEncoder()) as searcher:
+        hits = searcher.search_text("a blue car", k=1)
+    assert [hit.item.id for hit in hits] == [str(list(COLORS).index("blue"))]
+    with IndexStore.open(str(tmp_path / "i")) as store:
+        assert store.model == ColorEncoder().identity and store.settings["model"] == "colors"
+
+
+def test_a_model_directory_is_enough_to_search_with(tmp_path, plain_checkpoint):
+    """`--model DIR`: the index remembers it, and opens it by itself."""
+    encoder = Encoder.load(plain_checkpoint.directory)
+    rows = encoder.encode_texts(["a dog", "a cat"])
+    import_vectors(npy(tmp_path / "x.npy", rows), tmp_path / "i", model=plain_checkpoint.directory)
+    with Searcher.open(tmp_path / "i") as searcher:
+        assert searcher.search_text("a cat", k=1)[0].item.id == "1"
+
+
+def test_pictures_can_be_indexed_beside_imported_vectors(tmp_path, colours):
+    """An index of a named model stays one that `index` brings up to date; imported items are not taken for gone."""
+    import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "red.png")
+    report = build([tmp_path / "photos"], tmp_path / "i", encoder=ColorEncoder(), workers=1)
+    assert (report.added, report.removed) == (1, 0) and len(pictures(tmp_path / "i")) == 9
+    assert import_vectors(colours, tmp_path / "i", encoder=ColorEncoder()).rows == 0, "nor is the import forgotten"
+
+
+def test_vectors_of_nobody_in_particular_are_searched_by_vectors_only(tmp_path, colours):
+    """Without a model a vector finds its neighbours; words, pictures and `index` get one line that says what to do."""
+    import_vectors(colours, tmp_path / "i")
+    with Searcher.open(tmp_path / "i") as searcher:
+        assert searcher.search_vector(ColorEncoder().encode_texts(["green"]), k=1)[0].item.id == "1"
+        for ask in (
+            lambda: searcher.search_text("green"),
+            lambda: searcher.search_image(np.zeros((4, 4, 3), np.uint8)),
+        ):
+            with pytest.raises(ModelError, match=r"without one.*mmsearch import PATH --out INDEX --model NAME"):
+                ask()
+    with pytest.raises(ModelError, match="imported without one"):
+        build([tmp_path], tmp_path / "i")
+
+
+def test_the_model_can_be_named_later(tmp_path, colours):
+    """The same import with --model says whose vectors they are; no row is written, and words work from then on."""
+    import_vectors(colours, tmp_path / "i")
+    before = (tmp_path / "i" / "vectors.f16").stat().st_mtime_ns
+    report = import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    assert (report.rows, report.unchanged) == (0, 8)
+    assert (tmp_path / "i" / "vectors.f16").stat().st_mtime_ns == before
+    with Searcher.open(tmp_path / "i", encoder=ColorEncoder()) as searcher:
+        assert searcher.search_text("green", k=1)[0].item.id == "1"
+        assert IndexStore.open(str(tmp_path / "i")).verify() == []
+
+
+def test_spaces_of_one_name_can_be_joined_and_others_not(tmp_path, colours):
+    """Vectors of a model that is not known here: its name decides what belongs together."""
+    other = npy(tmp_path / "other.npy", unit(3))
+    import_vectors(colours, tmp_path / "i", space="lab-7")
+    assert import_vectors(other, tmp_path / "i", space="lab-7").added == 3
+    assert import_vectors(npy(tmp_path / "more.npy", unit(2)), tmp_path / "i").added == 2, "the index's own, if unsaid"
+    with pytest.raises(IndexMismatchError, match="expected vectors of imported"):
+        import_vectors(other, tmp_path / "i", space="lab-8")
+
+
+def test_vectors_of_another_model_are_refused(tmp_path, colours):
+    """An index of one model takes no rows of another, whatever their dimension."""
+    import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    with pytest.raises(IndexMismatchError, match=r"colors.*other"):
+        import_vectors(npy(tmp_path / "x.npy", unit(2)), tmp_path / "i", encoder=ColorEncoder(name="other"))
+    with pytest.raises(IndexMismatchError, match="d = 8, as those of colors are, got d = 4"):
+        import_vectors(npy(tmp_path / "x.npy", unit(2, d=4)), tmp_path / "j", encoder=ColorEncoder())
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_space_has_a_name_that_can_be_shown(tmp_path, colours):
+    """And a model is a space already."""
+    for name in ("", " ", "two\nlines", "x" * 300):
+        with pytest.raises(UsageError, match="--space"):
+            import_vectors(colours, tmp_path / "i", space=name)
+    with pytest.raises(UsageError, match="a model or a space"):
+        import_vectors(colours, tmp_path / "i", space="mine", encoder=ColorEncoder())
