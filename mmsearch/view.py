@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from mmsearch.data.remote import may_be_shown
 from mmsearch.errors import UsageError
 from mmsearch.index.base import NeighbourIndex
 from mmsearch.index.derived import neighbours
@@ -103,7 +104,7 @@ class View:
     ) -> tuple[list[Hit], int]:
         """Hits of one modality whose files are there, and how many were left out because theirs are not."""
         index, available = self._index(modality), self.snapshot.count(modality)
-        width = min(k + 8, available)
+        width = min(k, available)
         while width:
             scores, rows = index.search(query, width)
             kept = [(float(s), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0]
@@ -111,7 +112,7 @@ class View:
                 kept = [(score, row) for score, row in kept if score >= threshold]
             located = self.snapshot.locate([row for _, row in kept])
             found = self.apart(list(zip(located, [score for score, _ in kept], strict=True)))
-            hits, hidden = _present(found, k, os.path.lexists)
+            hits, hidden = _present(found, k, may_be_shown)
             if len(hits) >= k or width >= available or len(kept) < width:
                 return hits, hidden
             width = min(width * 4, available)

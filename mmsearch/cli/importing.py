@@ -98,7 +98,7 @@ def summary(report: ImportReport) -> Iterable[str]:
     """What a person wants to know at the end, line by line."""
     kinds = ("added", "changed", "unchanged", "removed")
     counts = ", ".join(f"{getattr(report, kind):,} {kind}" for kind in kinds if getattr(report, kind))
-    rate = f" ({report.rows_per_s:,.0f} rows/s)" if report.rows else ""
+    rate = f" (read at {report.rows_per_s:,.0f} rows/s)" if report.rows else ""
     yield f"{report.index}: {counts or 'nothing to do'} in {report.seconds:.1f} s{rate}"
     if report.skipped_count:
         yield f"skipped {report.skipped_count:,} vectors (--json names them):"

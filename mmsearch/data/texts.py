@@ -36,6 +36,8 @@ def clean(text: str) -> str:
 
 def captions_in(value: object) -> tuple[str, ...]:
     """The captions that a value holds: one text, or a list of texts; empty ones are dropped."""
+    if isinstance(value, str):
+        return (text,) if (text := clean(value)) else ()
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(text for v in values if isinstance(v, str) and (text := clean(v)))
 

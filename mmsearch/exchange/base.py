@@ -145,8 +145,10 @@ class VectorSource:
             if start < part.count:
                 first = start
                 for block in part.blocks(start, size):
+                    count = len(block)
                     yield part.label, first, block
-                    first += len(block)
+                    del block  # whoever has it now decides how long
+                    first += count
             start = max(start - part.count, 0)
 
 

@@ -27,7 +27,7 @@ from mmsearch.exchange.comparing import Comparison
 from mmsearch.exchange.incoming import Counts, Incoming
 from mmsearch.exchange.reports import ImportReport
 from mmsearch.exchange.sources import open_source
-from mmsearch.exchange.space import Space, check_dim, open_index, space_of
+from mmsearch.exchange.space import Space, check_dim, check_known, open_index, space_of
 from mmsearch.progress import Progress, SilentProgress
 from mmsearch.store.base import Batch
 from mmsearch.store.directory import IndexStore
@@ -95,6 +95,8 @@ def import_vectors(
 
 def _import(target: str, sources: Sequence[VectorSource], whose: Space, *, counts: Counts, told: Progress) -> None:
     with open_index(target, whose) as store:
+        for source in sources:
+            check_known(store, source.root, whose)
         for source in sources:
             SourceImport(store, source, counts=counts, told=told).run()
         store.compact()
@@ -175,7 +177,7 @@ class SourceImport:
         self._store.commit(Batch(facts=self._facts(self._source.count, done=True)))
 
     def _read(self, start: int, comparison: Comparison | None) -> None:
-        source = self._source
+        source, began = self._source, time.perf_counter()
         self._told.start(source.count - start, what=f"importing {os.path.basename(source.root)}", unit="rows")
         incoming = Incoming(source, counts=self._counts, shares_ids=bool(self._shares))
         done = start
@@ -191,10 +193,15 @@ class SourceImport:
             self._store.commit(batch)
             self._counts.rows += len(block)
             self._told.advance(len(block))
+            del batch, block  # before the next one is read
         incoming.close()
+        self._counts.read_seconds += time.perf_counter() - began
 
     def _facts(self, rows: int, *, done: bool) -> dict[str, str]:
-        entry = Imported(self._source.fingerprint, rows=rows, items=self._items, skipped=self._skipped, complete=done)
+        entry = Imported(
+            self._source.fingerprint, rows=rows, items=self._items, skipped=self._skipped, complete=done,
+            space=self._store.model.weights,
+        )  # fmt: skip
         return imports_fact({**self._others, self._source.root: entry})
 
 

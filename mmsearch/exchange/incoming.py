@@ -39,6 +39,7 @@ class Counts:
     removed: int = 0
     normalised: int = 0
     skipped: int = 0
+    read_seconds: float = 0.0
     named: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,7 +68,7 @@ class Counts:
         return ImportReport(
             index, rows=self.rows, resumed=self.resumed, added=self.added, changed=self.changed,
             unchanged=self.unchanged, removed=self.removed, normalised=self.normalised, skipped_count=self.skipped,
-            skipped=tuple(self.named), notes=tuple(notes),
+            skipped=tuple(self.named), notes=tuple(notes), read_seconds=self.read_seconds,
         )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from mmsearch.types import Skipped
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What one import did. `rows` were read now; items were added, changed, unchanged or removed; `seconds` wall time.
+    """What one import did. `rows` were read now; items were added, changed, unchanged or removed.
 
+    `seconds`: wall time of all of it, `read_seconds` of reading and committing, without the files that searches use.
     `resumed`: rows that an import which was stopped had read and committed before. `normalised`: vectors that were
     scaled to length 1. `skipped_count`: vectors without a direction; `skipped` names the first of them.
     """
@@ -27,12 +28,13 @@ class ImportReport:
     skipped_count: int = 0
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    read_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
     def rows_per_s(self) -> float:
-        """Rows read a second of the whole import."""
-        return self.rows / self.seconds if self.seconds > 0 else 0.0
+        """Rows read and committed a second."""
+        return self.rows / self.read_seconds if self.read_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

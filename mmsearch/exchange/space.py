@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmsearch.errors import IndexMismatchError, UsageError
 from mmsearch.store.directory import IndexStore
-from mmsearch.store.imports import name_model
+from mmsearch.store.imports import imports_of, name_model
 from mmsearch.towers.locate import UNNAMED
 from mmsearch.types import ModelIdentity, Preprocessing
 
@@ -32,13 +32,15 @@ _LONGEST = 200
 class Space:
     """Whose vectors they are: identity and preprocessing as an index records them; `source`: its setting `model`.
 
-    `encoder` hands out the model; None where nobody named one.
+    `encoder` hands out the model; None where nobody named one. `said`: the user said so now; else it is what the index
+    has.
     """
 
     model: ModelIdentity
     preprocessing: Preprocessing
     source: str | None
     encoder: Callable[[], Encodes] | None = None
+    said: bool = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -75,8 +77,24 @@ def space_of(
             source = store.settings.get("model")
             named = not str(source).startswith(UNNAMED)
             load = (lambda: _load(source, device)) if named else None
-            return Space(store.model, store.preprocessing, source, load)
+            return Space(store.model, store.preprocessing, source, load, said=False)
     return unnamed_space(UNKNOWN if space is None else space, dim)
+
+
+def check_known(store: IndexStore, root: str, space: Space) -> None:
+    """`IndexMismatchError` when `root` was imported as another model's vectors, and nobody says whose they are now.
+
+    An index can be given another model after an import (`mmsearch reindex`); the source knows nothing of that.
+    """
+    with store.snapshot() as snapshot:
+        record = imports_of(snapshot).get(root)
+    if record is not None and not space.said and record.space not in ("", space.model.weights):
+        raise IndexMismatchError(
+            root,
+            expected=f"vectors of {space.model.name}, which the index has now",
+            got="a source that was imported when it had another model",
+            do="Say with --model whose vectors they are, or choose another --out.",
+        )
 
 
 def _load(model: str | None, device: str) -> Encodes:

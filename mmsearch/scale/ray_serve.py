@@ -237,7 +237,8 @@ def serve(indexes: Sequence[str], name: str, *, address: str | None = "auto") ->
         except BaseException:
             _kill(ray, [actor for _, actor in names])
             raise
-        return {"name": checked, "index": f"ray://{checked}", "shards": list(indexes)}
+        place = "" if address in (None, "auto") else f"{address}/"
+        return {"name": checked, "index": f"ray://{place}{checked}", "shards": list(indexes)}
 
 
 def _checked(name: str) -> str:

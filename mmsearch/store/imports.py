@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmsearch.store.base import Batch
@@ -29,7 +29,7 @@ class Imported:
     """How far the import of one source is. `fingerprint` says which state of it, read how.
 
     `rows`: read and committed; `items`: known below the source's root after them; `skipped`: rows among them that
-    could not be used. `complete`: to the end.
+    could not be used. `complete`: to the end. `space`: weights of the model whose vectors they were taken to be.
     """
 
     fingerprint: str
@@ -37,6 +37,7 @@ class Imported:
     items: int = 0
     skipped: int = 0
     complete: bool = False
+    space: str = ""
 
 
 def imports_of(snapshot: DirectorySnapshot) -> dict[str, Imported]:
@@ -58,4 +59,8 @@ def name_model(
 ) -> None:
     """Say whose vectors an index holds, in one durable step; its rows stay. Open it again to see it."""
     facts = first_facts(model, preprocessing, settings)
-    store.commit(Batch(facts={name: facts[name] for name in ("model", "preprocessing", "settings")}))
+    with store.snapshot() as snapshot:
+        imports = imports_of(snapshot)
+    renamed = {root: replace(entry, space=model.weights) for root, entry in imports.items()}
+    named = {name: facts[name] for name in ("model", "preprocessing", "settings")}
+    store.commit(Batch(facts={**named, **imports_fact(renamed)}))

@@ -125,8 +125,13 @@ def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
             there = snapshot.derived(modality)
             path = None if there is None else snapshot.intact(there)
             made = derived_writer.make(rows, there=there, path=path) if rows.count else None
+            if isinstance(made, NewFile):
+                made = _put(writer, snapshot, rows, made)
+            elif made is not None and made != there:
+                with writer.transaction():  # other facts of the same file: readers see them by the generation
+                    pass
             if made is not None:
-                current[modality.value] = made if isinstance(made, Derived) else _put(writer, snapshot, rows, made)
+                current[modality.value] = made
     writer.finish(current)
     shutil.rmtree(work, ignore_errors=True)  # what is left of it would only be started from in vain
 

@@ -70,6 +70,10 @@ class FakeLibrary(Library):
         self._called("info", path=path)
         return self.facts
 
+    def tune(self, path, **options):
+        self._called("tune", path=path, **options)
+        return self.facts
+
     def verify(self, path):
         self._called("verify", path=path)
         return self.problems

@@ -18,7 +18,9 @@ class Exchanging(FakeLibrary):
     def import_vectors(self, paths, out, **options):
         self._called("import", paths=list(paths), out=out, **options)
         bad = tuple(Skipped(str(n), SkipReason.BAD_EMBEDDING, "no direction") for n in range(5))
-        return ImportReport(out, rows=2000, added=1995, skipped_count=5, skipped=bad, notes=("noted",), seconds=2.0)
+        return ImportReport(
+            out, rows=2000, added=1995, skipped_count=5, skipped=bad, notes=("noted",), read_seconds=2.0, seconds=3.0
+        )
 
     def export_vectors(self, index, to, **options):
         self._called("export", index=index, to=to, **options)
@@ -40,7 +42,7 @@ def test_import_hands_over_what_was_said(mmsearch, tmp_path):
     }  # fmt: skip
     assert {key: asked[key] for key in expected} == expected
     assert ended.out == "" and ended.err_lines == [
-        "i: 1,995 added in 2.0 s (1,000 rows/s)", "skipped 5 vectors (--json names them):",
+        "i: 1,995 added in 3.0 s (read at 1,000 rows/s)", "skipped 5 vectors (--json names them):",
         "      0: no direction", "      1: no direction", "      2: no direction", "      ... and 2 more", "noted",
     ]  # fmt: skip
 

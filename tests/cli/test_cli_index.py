@@ -62,7 +62,7 @@ def test_every_option_reaches_the_builder(mmsearch):
     line = (
         "index a b --out o --model m --exclude *.tmp --exclude raw --include-hidden --prune --batch-size 8 "
         "--workers 3 --max-pixels 1000 --device cpu --force --item-vectors fused --tokens "
-        "--engine ray --address auto --work /nfs"
+        "--engine ray --address auto --work /nfs --kind ivf-pq-fs --memory 4G --overlap 0.98 --queries q.txt"
     )
     assert mmsearch(*line.split(), library=library).code == 0
     told = built(library)
@@ -71,6 +71,7 @@ def test_every_option_reaches_the_builder(mmsearch):
         "paths": ["a", "b"], "out": Path("o"), "model": "m", "exclude": ("*.tmp", "raw"), "include_hidden": True,
         "prune": True, "batch_size": 8, "workers": 3, "max_pixels": 1000, "device": "cpu", "force": True,
         "item_vectors": "fused", "tokens": True, "engine": "ray", "address": "auto", "work": "/nfs",
+        "kind": "ivf-pq-fs", "memory": "4G", "overlap": 0.98, "queries": "q.txt",
     }  # fmt: skip
 
 

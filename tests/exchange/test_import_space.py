@@ -10,7 +10,8 @@ from mmsearch.encoder import Encoder
 from mmsearch.errors import IndexMismatchError, ModelError, UsageError
 from mmsearch.exchange import import_vectors
 from mmsearch.searcher import Searcher
-from mmsearch.store import IndexStore
+from mmsearch.store import Batch, IndexStore
+from mmsearch.store.creation import first_facts
 from mmsearch.testing import COLORS, ColorEncoder
 
 
@@ -103,3 +104,18 @@ def test_a_space_has_a_name_that_can_be_shown(tmp_path, colours):
             import_vectors(colours, tmp_path / "i", space=name)
     with pytest.raises(UsageError, match="a model or a space"):
         import_vectors(colours, tmp_path / "i", space="mine", encoder=ColorEncoder())
+
+
+def test_an_index_that_was_given_another_model_takes_no_vectors_of_the_old_one(tmp_path, colours):
+    """After `reindex` nobody knows whose a changed source is: it is refused until the user says so."""
+    import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    other = ColorEncoder(name="other")
+    with IndexStore.open(str(tmp_path / "i"), write=True) as store:
+        facts = first_facts(other.identity, other.preprocessing, {"model": "other"})
+        store.commit(Batch(facts={name: facts[name] for name in ("model", "preprocessing", "settings")}))
+        store.finish()
+    assert import_vectors(colours, tmp_path / "i").rows == 0, "what did not change is left alone"
+    npy(colours, unit(8))
+    with pytest.raises(IndexMismatchError, match="imported when it had another model"):
+        import_vectors(colours, tmp_path / "i")
+    assert import_vectors(colours, tmp_path / "i", encoder=other).changed == 8

@@ -1,5 +1,6 @@
 """Engines for the contract: each is started once a file of tests, and gives out empty collections."""
 
+import contextlib
 import importlib.util
 import itertools
 
@@ -24,8 +25,24 @@ def lacks(engine: str) -> str:
     return next((name for name in NEEDS.get(engine, ()) if importlib.util.find_spec(name) is None), "")
 
 
+@pytest.fixture(scope="session")
+def database():
+    """A function that gives the address of the PostgreSQL that a package carries; each is started once a session."""
+    started: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(package: str) -> str:
+            pytest.importorskip("psycopg")
+            pytest.importorskip(package)
+            if package not in started:
+                started[package] = stack.enter_context(postgres(package))
+            return started[package]
+
+        yield get
+
+
 @pytest.fixture(scope="module", params=ENGINES)
-def places(request, tmp_path_factory):
+def places(request, tmp_path_factory, database):
     """A function that gives the address of a collection that is not there yet."""
     engine = request.param
     if lacks(engine):
@@ -39,8 +56,8 @@ def places(request, tmp_path_factory):
         with small_ray():
             yield lambda: f"ray://c{next(_numbers)}"
     else:
-        with postgres(NEEDS[engine][1]) as uri:
-            yield lambda: f"{uri}&collection=c{next(_numbers)}"
+        uri = database(NEEDS[engine][1])
+        yield lambda: f"{uri}&collection=c{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")

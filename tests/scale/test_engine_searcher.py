@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_kit import entries, make_index, postgres
+from engine_kit import entries, make_index
 from PIL import Image
 
 from mmsearch.builder import build
@@ -39,17 +39,13 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["file", "postgresql"])
-def uri(request, photos):
+def uri(request, photos, database):
     """The same collection as an index directory, and in PostgreSQL."""
     if request.param == "file":
-        yield f"file://{photos}/index"
-        return
-    pytest.importorskip("psycopg")
-    pytest.importorskip("pgserver")
-    with postgres("pgserver") as server:
-        address = f"{server}&collection=photos"
-        push(photos / "index", address)
-        yield address
+        return f"file://{photos}/index"
+    address = f"{database('pgserver')}&collection=photos"
+    push(photos / "index", address)
+    return address
 
 
 def seen(hits) -> list[tuple]:
@@ -189,20 +185,16 @@ push(sys.argv[1], sys.argv[2], batch=7, progress=Kills())
 
 
 @pytest.mark.engines
-def test_a_push_killed_by_the_system_leaves_a_collection_that_the_next_one_completes(tmp_path):
+def test_a_push_killed_by_the_system_leaves_a_collection_that_the_next_one_completes(database, tmp_path):
     """SIGKILL after one batch: that batch is there, whole; the lock is free; the next push sends the rest."""
-    pytest.importorskip("psycopg")
-    pytest.importorskip("pgserver")
-    index = make_index(tmp_path / "i", entries(20))
-    with postgres("pgserver") as server:
-        address = f"{server}&collection=killed"
-        ended = subprocess.run([sys.executable, "-c", KILLED, index, address], check=False, env=os.environ)
-        assert ended.returncode == -signal.SIGKILL
-        engine = open_engine(address)
-        assert engine.count(Modality.IMAGE) == 7
-        engine.close()
-        report = push(index, address)
-        assert (report.added, report.unchanged) == (13, 7)
+    index, address = make_index(tmp_path / "i", entries(20)), f"{database('pgserver')}&collection=killed"
+    ended = subprocess.run([sys.executable, "-c", KILLED, index, address], check=False, env=os.environ)
+    assert ended.returncode == -signal.SIGKILL
+    engine = open_engine(address)
+    assert engine.count(Modality.IMAGE) == 7
+    engine.close()
+    report = push(index, address)
+    assert (report.added, report.unchanged) == (13, 7)
 
 
 def test_the_command_line_shows_no_password(capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_kit import COLLECTION, entries, entry, expected, postgres, same_hits, unit
+from engine_kit import COLLECTION, entries, entry, expected, same_hits, unit
 
 from mmsearch.errors import IndexLockedError, StoreError, UsageError
 from mmsearch.scale.engine import Entry, open_engine
@@ -18,10 +18,8 @@ QUERIES = unit(31337, 6)
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request):
-    pytest.importorskip(request.param)
-    with postgres(request.param) as uri:
-        yield uri
+def server(request, database):
+    return database(request.param)
 
 
 def many(count: int = 1500) -> list[Entry]:
