@@ -33,6 +33,7 @@ from mmsearch.derive import IndexWish, derive
 from mmsearch.errors import IndexMismatchError, InputError, PartialError, UsageError
 from mmsearch.ingest import Ingest
 from mmsearch.pictures import Engine, ThisProcess
+from mmsearch.progress import Estimating
 from mmsearch.progress import Progress as Progress
 from mmsearch.progress import SilentProgress as SilentProgress
 from mmsearch.scan import FILES, Scan, is_below
@@ -52,6 +53,10 @@ ITEM_VECTORS = ("separate", "fused")
 
 OF_LIMITS = (SkipReason.TOO_LARGE, SkipReason.OUT_OF_MEMORY)
 """Skips that other limits may undo."""
+
+
+_ITEM_BYTES = 600
+"""About what an item takes beside its vector: a path, facts, rows of indexes in SQLite."""
 
 
 def build(
@@ -119,6 +124,7 @@ def build(
 
         encoder = Encoder.load(name, device=device)
     joins = _joining(encoder) if kind == "fused" else None
+    told = Estimating(told, item_bytes=_ITEM_BYTES + 2 * encoder.identity.dim)
     settings = _settings(name, limits, fused=joins is not None, tokens=reads is not None)
     encoding = (engine or ThisProcess()).pictures(
         encoder, index=target, batch_size=batch_size, workers=workers, limits=limits, told=told

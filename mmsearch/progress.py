@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
+
+FIRST_ESTIMATE_S, NEXT_ESTIMATE_S = 10.0, 600.0
 
 
 class Progress(Protocol):
@@ -32,3 +36,43 @@ class SilentProgress:
 
     def note(self, text: str) -> None:
         """Ignore."""
+
+
+class Estimating:
+    """Progress that also says in words, early and then every ten minutes, how long it will take, and how many bytes.
+
+    `item_bytes`: what an item takes on the disk, 0 for not saying so. `clock`: seconds from any beginning.
+    """
+
+    def __init__(
+        self, told: Progress, *, item_bytes: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._told, self._clock, self._item_bytes = told, clock, item_bytes
+        self._total, self._done = 0, 0
+        self._began = self._next = 0.0
+
+    def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
+        """See `Progress.start`."""
+        self._total, self._done, self._began = total or 0, 0, self._clock()
+        self._next = self._began + FIRST_ESTIMATE_S
+        self._told.start(total, what=what, unit=unit)
+
+    def advance(self, n: int, *, note: str = "") -> None:
+        """See `Progress.advance`."""
+        self._told.advance(n, note=note)
+        self._done += n
+        now = self._clock()
+        if now >= self._next and 0 < self._done < self._total:
+            self._next = now + NEXT_ESTIMATE_S
+            rate = self._done / (now - self._began)
+            minutes = (self._total - self._done) / rate / 60
+            size = f", {self._total * self._item_bytes / 1e6:,.0f} MB in the end" if self._item_bytes else ""
+            self._told.note(
+                f"{self._done:,} of {self._total:,} items, {rate:.1f} a second: about {minutes:,.0f} minutes left{size}"
+                if minutes >= 1
+                else f"{self._done:,} of {self._total:,} items: less than a minute left{size}"
+            )
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+        self._told.note(text)

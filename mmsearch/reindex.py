@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from mmsearch.derive import derive
 from mmsearch.errors import ModelError, UsageError
 from mmsearch.ingest import Ingest
 from mmsearch.pictures import Engine, ThisProcess
-from mmsearch.progress import Progress, SilentProgress
+from mmsearch.progress import Estimating, Progress, SilentProgress
 from mmsearch.store import reindexing
 from mmsearch.store.base import Change, ChangeKind
 from mmsearch.store.directory import IndexStore
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from mmsearch.encoder import Encodes, JoinsItems
     from mmsearch.rerank.tokens import ReadsPatches
 
-FIRST_ESTIMATE_S, NEXT_ESTIMATE_S = 10.0, 600.0
 NO_PICTURE = "only its vector is there: it was imported without a picture"
 
 
@@ -240,40 +239,3 @@ def _derive(store: IndexStore, encoder: Encodes, told: Progress) -> tuple[str, .
         store.finish()
         return (f"searches scan all rows: {error}",)
     return ()
-
-
-class Estimating:
-    """Progress that also says in words, early and then every ten minutes, how long it will take.
-
-    `clock`: seconds from any beginning.
-    """
-
-    def __init__(self, told: Progress, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._told, self._clock = told, clock
-        self._total, self._done = 0, 0
-        self._began = self._next = 0.0
-
-    def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
-        """See `Progress.start`."""
-        self._total, self._done, self._began = total or 0, 0, self._clock()
-        self._next = self._began + FIRST_ESTIMATE_S
-        self._told.start(total, what=what, unit=unit)
-
-    def advance(self, n: int, *, note: str = "") -> None:
-        """See `Progress.advance`."""
-        self._told.advance(n, note=note)
-        self._done += n
-        now = self._clock()
-        if now >= self._next and 0 < self._done < self._total:
-            self._next = now + NEXT_ESTIMATE_S
-            rate = self._done / (now - self._began)
-            minutes = (self._total - self._done) / rate / 60
-            self._told.note(
-                f"{self._done:,} of {self._total:,} items, {rate:.1f} a second: about {minutes:,.0f} minutes left"
-                if minutes >= 1
-                else f"{self._done:,} of {self._total:,} items: less than a minute left"
-            )
-
-    def note(self, text: str) -> None:
-        """See `Progress.note`."""
-        self._told.note(text)

@@ -131,6 +131,7 @@ def test_new_rows_are_found_at_once_and_added_when_they_are_many(path):
         derive(store, told=told)
     after = facts(path)
     assert (after["count"], after["trained_for"]) == (3540, 3000)
+    assert answers(path, off(3, D))[0] == "ivf-pq-fs"
     assert not any("training" in part for part in told.parts)
     assert agreement(path) >= 0.9
 
@@ -166,7 +167,9 @@ def test_it_learns_anew_when_its_lists_have_become_uneven(path):
 
 
 def test_removed_items_never_come_back_though_the_file_has_them(path):
-    """Tombstones work inside the search; the file is not written again for them."""
+    """Tombstones work inside the search, also beyond rows of captions; the file is not written again for them."""
+    with IndexStore.open(path, write=True) as store:
+        put(store, 1000, seed=2, first=3000)
     before = brought(path, kind="ivf-pq-fs")
     queries = off(20, D, seed=9)
     best = {names[0] for names in answers(path, queries)[1]}
@@ -176,6 +179,20 @@ def test_removed_items_never_come_back_though_the_file_has_them(path):
     assert facts(path)["xxh3"] == before["xxh3"]
     assert not best & {name for names in answers(path, queries)[1] for name in names}
     assert agreement(path) >= 0.9
+
+
+def test_only_allowed_rows_are_found_wherever_they_lie(path):
+    """Row numbers are those of the store: captions lie between the pictures."""
+    with IndexStore.open(path, write=True) as store:
+        put(store, 6000, seed=2, first=3000)
+    brought(path, kind="ivf-pq-fs")
+    queries = off(20, D, seed=9)
+    with IndexStore.open(path) as store, store.snapshot() as snapshot:
+        allowed = snapshot.alive_rows(Modality.IMAGE)[-5000:]
+        order = np.argsort(-(queries @ snapshot.vectors(allowed).T), axis=1, kind="stable")[:, :10]
+        found = neighbours(snapshot, Modality.IMAGE).search(queries, 10, allowed=allowed)[1]
+        assert np.isin(found, allowed).all()
+        assert overlap(found, allowed[order]) >= 0.9
 
 
 def test_after_compaction_the_file_is_of_the_new_rows(path):

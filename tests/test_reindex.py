@@ -21,7 +21,8 @@ from reindex_kit import (
 )
 
 from mmsearch.errors import IndexLockedError, IndexMismatchError, ModelError
-from mmsearch.reindex import Estimating, abort, reindex
+from mmsearch.progress import Estimating
+from mmsearch.reindex import abort, reindex
 from mmsearch.searcher import Searcher
 from mmsearch.store import Batch, IndexStore, Upsert
 from mmsearch.store.tokens import TOKENS_NAME

@@ -28,7 +28,7 @@ from mmsearch.exchange.incoming import Counts, Incoming
 from mmsearch.exchange.reports import ImportReport
 from mmsearch.exchange.sources import open_source
 from mmsearch.exchange.space import Space, check_dim, check_known, open_index, space_of
-from mmsearch.progress import Progress, SilentProgress
+from mmsearch.progress import Estimating, Progress, SilentProgress
 from mmsearch.store.base import Batch
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.imports import Imported, imports_fact, imports_of
@@ -64,8 +64,6 @@ def import_vectors(
     Stopped at any moment, the same call goes on where it stopped. Raises `InputError`, `UsageError`,
     `IndexMismatchError` (vectors of another model or dimension), `MissingExtraError`, `ResourceError`.
     """
-    from mmsearch.reindex import Estimating
-
     started, told = time.perf_counter(), Estimating(progress or SilentProgress())
     target = os.fspath(out)
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)

@@ -151,3 +151,16 @@ def test_parameters_are_those_recorded_or_sensible():
     assert parameters_of({"rescore": True}).factor > 1
     with pytest.raises(TypeError):
         parameters_of({"tuned": {"parameters": {"nonsense": 3}}})
+
+
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq-fs", "hnsw"])
+def test_an_answer_that_came_back_short_is_looked_for_again(kind, tmp_path):
+    """One list holds fewer rows than are asked for, and the best of them may be deleted."""
+    rows = RowsOfFile(tmp_path, clustered(3000), spans=SPANS)
+    index = opened(kind, rows, facts={"tuned": {"parameters": {"probes": 1, "effort": 10, "factor": 1}}})
+    _, ids = index.search(off(3), 700)
+    assert (ids >= 0).all()
+    near = np.unique(index.search(off(3), 600)[1])
+    _, others = index.search(off(3), 20, excluded=near)
+    assert (others >= 0).all()
+    assert not np.isin(others, near).any()
