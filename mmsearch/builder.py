@@ -217,6 +217,8 @@ def _open_store(
         made = IndexStore.create(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
         return made, ()
     store = IndexStore.open(target, write=True, repair=force, model=None if force else identity)
+    if "index" in store.settings:
+        settings = settings | {"index": store.settings["index"]}
     kept, wanted = _kept_item_vectors(store.settings), _kept_item_vectors(settings)
     if kept != wanted and not force:
         store.close()
@@ -233,8 +235,7 @@ def _open_store(
     if store.repaired:
         told.note(f"{target}: {store.repaired} damaged items were dropped and are encoded again")
     limits_changed = store.settings.get("limits") != settings["limits"]
-    laid_out = {"index": store.settings["index"]} if "index" in store.settings else {}
-    store.note_settings(settings | laid_out)
+    store.note_settings(settings)
     return store, tuple(SkipReason) if force else OF_LIMITS if limits_changed else ()
 
 

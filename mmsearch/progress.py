@@ -55,11 +55,15 @@ class Estimating:
         """See `Progress.start`."""
         self._total, self._done, self._began = total or 0, 0, self._clock()
         self._next = self._began + FIRST_ESTIMATE_S
-        self._told.start(total, what=what, unit=unit)
+        said = {name: text for name, text in (("what", what), ("unit", unit)) if text}
+        self._told.start(total, **said)
 
     def advance(self, n: int, *, note: str = "") -> None:
         """See `Progress.advance`."""
-        self._told.advance(n, note=note)
+        if note:
+            self._told.advance(n, note=note)
+        else:
+            self._told.advance(n)
         self._done += n
         now = self._clock()
         if now >= self._next and 0 < self._done < self._total:

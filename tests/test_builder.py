@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmsearch.builder import build
 from mmsearch.data.images import Limits
-from mmsearch.errors import IndexLockedError, IndexMismatchError, InputError, PartialError
+from mmsearch.errors import IndexLockedError, IndexMismatchError, InputError, PartialError, UsageError
 from mmsearch.searcher import Searcher
 from mmsearch.store import IndexStore
 from mmsearch.testing import ColorEncoder
@@ -84,6 +84,21 @@ def test_second_run_encodes_nothing(photos, tmp_path):
     run(photos, tmp_path / "index")
     report, encoder = run(photos, tmp_path / "index")
     assert (report.unchanged, report.added, report.changed, encoder.images) == (4, 0, 0, 0)
+
+
+def test_how_rows_are_laid_out_is_kept_until_something_else_is_asked_for(photos, tmp_path):
+    """Through later runs, and when everything is encoded anew by another model."""
+    out = tmp_path / "index"
+    run(photos, out, kind="exact", overlap=0.9)
+    run(photos, out)
+    run(photos, out, encoder=CountingEncoder(name="other"), force=True)
+    with IndexStore.open(str(out)) as store:
+        assert store.settings["index"] == {"kind": "exact", "overlap": 0.9}
+    run(photos, out, encoder=CountingEncoder(name="other"), kind="auto", overlap=0.95)
+    with IndexStore.open(str(out)) as store:
+        assert "index" not in store.settings
+    with pytest.raises(UsageError, match="ivf-pq-fs"):
+        run(photos, out, kind="fast")
 
 
 def test_only_the_changed_file_is_encoded_again(photos, tmp_path):

@@ -69,6 +69,7 @@ class ApproximateIndex:
         self._stored, self._row_of = stored, row_of
         self._refined = None if stored is None or not self.by_rows else _over(index, stored)
         self._excluded: tuple[Rows, Any] | None = None
+        self._asked: tuple[Parameters, Any, tuple[Any, Any]] | None = None
 
     @property
     def dim(self) -> int:
@@ -125,17 +126,25 @@ class ApproximateIndex:
         return np.where(ids < 0, -np.inf, scores).astype(np.float32), ids
 
     def _once(self, queries: Embeddings, m: int, how: Parameters, selector: Any) -> tuple[Scores, Rows]:  # noqa: ANN401
-        base = search_parameters(self._index, how, selector)
+        base, both = self._asked_of_faiss(how, selector)
         wide = min(m * how.factor, self.size)
         if self._refined is not None and wide > m:
-            faiss = _faiss()
-            both = faiss.IndexRefineSearchParameters(k_factor=float(how.factor), base_index_params=base)
             found: tuple[Scores, Rows] = self._refined.search(queries, m, params=both)
             return found
         scores, ids = self._index.search(queries, wide, params=base)
         if self._stored is None:
             return scores[:, :m], ids[:, :m]
         return _rescored(queries, ids, self.rows_of(ids), self._stored, m)
+
+    def _asked_of_faiss(self, how: Parameters, selector: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        """FAISS's parameters for the index, and for the index with candidates scored again; the last ones are kept."""
+        kept = self._asked
+        if kept is None or kept[0] != how or kept[1] is not selector:
+            base, both = search_parameters(self._index, how, selector), None
+            if self._refined is not None:
+                both = _faiss().IndexRefineSearchParameters(k_factor=float(how.factor), base_index_params=base)
+            kept = self._asked = (how, selector, (base, both))
+        return kept[2]
 
     def _widened(self, m: int, share: float) -> Parameters:
         """The tuned parameters for m answers of the allowed share of the rows."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mmsearch.errors import MissingExtraError, UsageError
 from mmsearch.types import Embeddings, Rows, Scores
 
+_LAST = np.iinfo(np.int64).max
 MOST_ANSWERS = 1 << 26
 """q times k may not exceed this: the answer alone would take gigabytes."""
 
@@ -127,5 +128,5 @@ def merged(parts: list[tuple[Scores, Rows]], k: int) -> tuple[Scores, Rows]:
 
 def best_first(scores: Scores, rows: Rows) -> NDArray[np.intp]:
     """Column order of each line: highest score first, then the lower row; -1 pads last."""
-    last = np.where(rows < 0, np.iinfo(np.int64).max, rows)
+    last = np.where(rows < 0, _LAST, rows)
     return np.lexsort((last, -scores), axis=1)

@@ -166,7 +166,7 @@ class StoredIndex:
         found = [self._search_part(number, queries, k, wanted) for number in range(len(self._parts))]
         if not found:
             return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
-        scores, rows = merged(found, k)
+        scores, rows = merged(found, k) if len(found) > 1 else padded(*found[0], k)
         return np.where(rows < 0, -np.inf, np.clip(scores, -1.0, 1.0)).astype(np.float32), rows
 
     def _others(self, excluded: Rows) -> Rows:

@@ -65,7 +65,7 @@ def test_one_query_alone_answers_as_among_others(made):
 
 
 def test_excluded_rows_never_come_back(made):
-    """The best answers are taken away; the next best come instead, also with the same array again."""
+    """The best answers are taken away; the next best come instead; one array after another."""
     index, rows, right, queries = made
     gone = np.unique(right[:, :5])
     _, expected = exact_answers(queries, rows.blocks(), 10, dead=gone)
@@ -73,6 +73,8 @@ def test_excluded_rows_never_come_back(made):
         found = index.rows_of(index.search(queries, 10, excluded=living(index, gone))[1])
         assert not np.isin(found, gone).any()
         assert overlap(found, expected) >= 0.95
+        others = np.unique(right[:, 5:])
+        assert not np.isin(index.rows_of(index.search(queries, 10, excluded=living(index, others))[1]), others).any()
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3])
