@@ -99,9 +99,12 @@ def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str)
 def directories(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The index directories that these paths name: themselves, or the shards of a folder that `split` made.
 
-    Raises `IndexDamagedError` for such a folder whose list of shards cannot be read.
+    Of several paths the list of shards itself, as a shell's `parts/*` names it, is passed over. Raises
+    `IndexDamagedError` for a folder whose list of shards cannot be read.
     """
-    return [one for path in paths for one in shards_of(os.fspath(path)) or [os.fspath(path)]]
+    given = [os.fspath(path) for path in paths]
+    named = [path for path in given if len(given) == 1 or os.path.basename(path) != SHARDS_NAME]
+    return [one for path in named for one in shards_of(path) or [path]]
 
 
 def shards_of(folder: str) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+_WORTH_SAYING_MB = 10.0
 FIRST_ESTIMATE_S, NEXT_ESTIMATE_S = 10.0, 600.0
 
 
@@ -70,7 +71,8 @@ class Estimating:
             self._next = now + NEXT_ESTIMATE_S
             rate = self._done / (now - self._began)
             minutes = (self._total - self._done) / rate / 60
-            size = f", {self._total * self._item_bytes / 1e6:,.0f} MB in the end" if self._item_bytes else ""
+            megabytes = self._total * self._item_bytes / 1e6
+            size = f", {megabytes:,.0f} MB in the end" if megabytes >= _WORTH_SAYING_MB else ""
             self._told.note(
                 f"{self._done:,} of {self._total:,} items, {rate:.1f} a second: about {minutes:,.0f} minutes left{size}"
                 if minutes >= 1

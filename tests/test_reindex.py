@@ -303,6 +303,11 @@ def test_minutes_are_estimated_early_and_then_seldom():
         "100 of 100,000 items, 10.0 a second: about 166 minutes left",
         "6,100 of 100,000 items, 10.0 a second: about 156 minutes left",
     ]
+    estimating = Estimating(Told(), item_bytes=1000, clock=lambda: now[0])
+    estimating.start(100_000)
+    now[0] += 20.0
+    estimating.advance(1000)
+    assert said[-1].endswith("33 minutes left, 100 MB in the end")
 
 
 DRIVER = """

@@ -19,6 +19,7 @@ from PIL import Image
 from mmsearch.builder import build
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, IndexNotFoundError, UsageError
 from mmsearch.index.exact import ExactIndex
+from mmsearch.opened import directories
 from mmsearch.rerank.request import Rerank
 from mmsearch.reshard import merge, split
 from mmsearch.searcher import Searcher
@@ -472,3 +473,12 @@ def test_merging_copies_tokens_of_one_re_ranker_only(two_stages, tmp_path):
     assert parts.tokens == len(PAIRS)
     with Searcher.open(tmp_path / "parts", encoder=ColorEncoder(), reranker=ColorReranker()) as searcher:
         assert searcher.search_text("red and blue", k=1, rerank="auto")[0].probability is not None
+
+
+def test_a_shell_may_name_everything_in_a_folder_of_shards(tmp_path):
+    """`parts/*` has the list of shards among the directories; alone it is no index."""
+    for name in ("shard-00", "shards.json"):
+        (tmp_path / name).mkdir() if name == "shard-00" else (tmp_path / name).write_text("{}")
+    both = [str(tmp_path / "shard-00"), str(tmp_path / "shards.json")]
+    assert directories(both) == both[:1]
+    assert directories(both[1:]) == both[1:]

@@ -23,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError, ResourceError, UsageError
+from mmsearch.index import centroids
 from mmsearch.index.approximate import lists_of, read_file
 from mmsearch.index.exact_answers import in_pieces
 from mmsearch.index.layouts import Layout
@@ -115,6 +116,9 @@ def trained(layout: Layout, rows: StoredRows, *, told: Progress) -> Any:  # noqa
     if not index.is_trained:
         sample = rows.vectors(rows.sample(layout.train_rows, seed=_SEED))
         told.start(None, what=f"training {layout.factory} on {len(sample):,} rows", unit="")
+        if layout.lists >= centroids.FROM and len(sample) >= layout.lists:
+            inverted: Any = faiss.try_extract_index_ivf(index)
+            inverted.quantizer.add(centroids.two_level(sample, layout.lists))
         _settle(faiss.downcast_index(faiss.try_extract_index_ivf(index) or index))
         try:
             index.train(sample)

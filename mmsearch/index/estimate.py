@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmsearch.index import centroids
 from mmsearch.index.layouts import Layout
 
 _ITERATIONS = 10
@@ -41,7 +42,8 @@ class Estimate:
 def estimate(layout: Layout, *, n: int, d: int, flops: float | None = None) -> Estimate:
     """What n rows of d numbers will take. `flops`: multiply-adds a second of this machine, measured when not given."""
     speed = flops or measured_flops(d)
-    train = layout.train_rows * layout.lists * d * _ITERATIONS
+    each = layout.lists if layout.lists < centroids.FROM else 2.0 * layout.lists**0.5  # what a row is compared with
+    train = layout.train_rows * each * d * _ITERATIONS
     codes = layout.train_rows * d * _CODE_BOOK * _CODE_ITERATIONS * _SLOWER_DISTANCES if "PQ" in layout.factory else 0.0
     coarse = n * d * (min(layout.lists, 1 << 14) if layout.lists else 0)
     encode = n * d * _CODE_BOOK * _SLOWER_DISTANCES if "PQ" in layout.factory else n * d * _SLOWER_DISTANCES

@@ -205,11 +205,11 @@ def _seconds(index: ApproximateIndex, asked: Mapping[str, Judged], excluded: Row
 
 
 def _half(judged: Judged, which: int) -> Judged:
-    """Every second question; of a single one, that one."""
+    """Half of the questions, at random but always the same; of a single one, that one."""
     if len(judged.right) < 2:
         return judged
-    asked = judged.questions
-    return Judged(replace(asked, vectors=asked.vectors[which::2], own=asked.own[which::2]), judged.right[which::2])
+    asked, drawn = judged.questions, np.random.default_rng(0).permutation(len(judged.right))[which::2]
+    return Judged(replace(asked, vectors=asked.vectors[drawn], own=asked.own[drawn]), judged.right[drawn])
 
 
 def sorts(asked: Sequence[tuple[str, Judged]]) -> str:
