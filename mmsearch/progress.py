@@ -49,12 +49,12 @@ class Estimating:
         self, told: Progress, *, item_bytes: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._told, self._clock, self._item_bytes = told, clock, item_bytes
-        self._total, self._done = 0, 0
+        self._total, self._done, self._unit = 0, 0, "items"
         self._began = self._next = 0.0
 
     def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
         """See `Progress.start`."""
-        self._total, self._done, self._began = total or 0, 0, self._clock()
+        self._total, self._done, self._began, self._unit = total or 0, 0, self._clock(), unit or "items"
         self._next = self._began + FIRST_ESTIMATE_S
         said = {name: text for name, text in (("what", what), ("unit", unit)) if text}
         self._told.start(total, **said)
@@ -69,15 +69,17 @@ class Estimating:
         now = self._clock()
         if now >= self._next and 0 < self._done < self._total:
             self._next = now + NEXT_ESTIMATE_S
-            rate = self._done / (now - self._began)
-            minutes = (self._total - self._done) / rate / 60
-            megabytes = self._total * self._item_bytes / 1e6
-            size = f", {megabytes:,.0f} MB in the end" if megabytes >= _WORTH_SAYING_MB else ""
-            self._told.note(
-                f"{self._done:,} of {self._total:,} items, {rate:.1f} a second: about {minutes:,.0f} minutes left{size}"
-                if minutes >= 1
-                else f"{self._done:,} of {self._total:,} items: less than a minute left{size}"
-            )
+            self._told.note(self._left(self._done / (now - self._began)))
+
+    def _left(self, rate: float) -> str:
+        """What is done and left, at `rate` items a second."""
+        minutes = (self._total - self._done) / rate / 60
+        megabytes = self._total * self._item_bytes / 1e6 if self._unit == "items" else 0.0
+        size = f", {megabytes:,.0f} MB in the end" if megabytes >= _WORTH_SAYING_MB else ""
+        far = f"{self._done:,} of {self._total:,} {self._unit}"
+        if minutes < 1:
+            return f"{far}: less than a minute left{size}"
+        return f"{far}, {rate:.1f} a second: about {minutes:,.0f} minutes left{size}"
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""

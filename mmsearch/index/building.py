@@ -95,8 +95,7 @@ def build(layout: Layout, rows: StoredRows, *, told: Progress, checkpoint_s: flo
         if index is None:
             index = trained(layout, rows, told=told)
         trained_seconds = time.perf_counter() - began
-        told.start(rows.count, what=f"adding rows to the index ({layout.kind})", unit="rows")
-        told.advance(done)
+        told.start(rows.count - done, what=f"adding rows to the index ({layout.kind})", unit="rows")
         began = time.perf_counter()
         add(index, rows, start=start, told=told, checkpoint=checkpoint)
     return Built(index, trained_seconds, time.perf_counter() - began, done)
