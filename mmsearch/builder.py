@@ -109,7 +109,6 @@ def build(
     started = time.perf_counter()
     told = progress or SilentProgress()
     wish = IndexWish(kind, memory, overlap, queries)
-    wish.check()
     target = os.fspath(out)
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     scan = Scan(given, exclude=exclude, include_hidden=include_hidden)
@@ -124,6 +123,7 @@ def build(
 
         encoder = Encoder.load(name, device=device)
     joins = _joining(encoder) if kind == "fused" else None
+    wish.check(encoder.identity.dim)
     told = Estimating(told, item_bytes=_ITEM_BYTES + 2 * encoder.identity.dim)
     settings = _settings(name, limits, fused=joins is not None, tokens=reads is not None)
     encoding = (engine or ThisProcess()).pictures(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmsearch.derived_maker import TARGET, IndexMaker
-from mmsearch.errors import InputError, ModelError, UsageError
+from mmsearch.errors import IndexMismatchError, InputError, ModelError, UsageError
 from mmsearch.index.layouts import AUTO, EXACT, layout_of
 from mmsearch.index.tuning import Questions
 from mmsearch.progress import Progress
@@ -54,17 +54,17 @@ class IndexWish:
     def __bool__(self) -> bool:
         return any(value is not None for value in (self.kind, self.memory, self.overlap, self.queries))
 
-    def check(self) -> None:
-        """Raise `UsageError` or `InputError` for what cannot be, before there is any work to lose."""
-        self.settings({})
+    def check(self, dim: int = 384) -> None:
+        """Raise `UsageError` or `InputError` for what cannot be with d = `dim`, before there is any work to lose."""
+        self.settings({}, dim=dim)
         if self.queries is not None:
             read_queries(self.queries)
 
-    def settings(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, kept: Mapping[str, Any], *, dim: int) -> dict[str, Any]:
         """The settings to keep: `kept` with what is asked for, checked; defaults left out. Raises `UsageError`."""
         merged = dict(kept)
         if self.kind is not None:
-            layout_of(self.kind, n=10_000_000, d=384)  # is it a kind at all?
+            layout_of(self.kind, n=10_000_000, d=dim)  # is it a kind at all?
             merged["kind"] = self.kind
         if self.memory is not None:
             merged["memory"] = memory_of(self.memory)
@@ -101,20 +101,20 @@ def derive(
     `IndexDamagedError`. Killed half way, what was done of a long build is gone on with next time.
     """
     wish = wish or IndexWish()
-    kept = wish.settings(store.settings.get("index", {}))
-    settings = {name: value for name, value in store.settings.items() if name != "index"}
-    store.note_settings(settings | ({"index": kept} if kept else {}))
+    kept = wish.settings(store.settings.get("index", {}), dim=store.dim)
     texts = None if wish.queries is None else read_queries(wish.queries)
     with store.snapshot() as snapshot:
 
         def asks(modality: Modality) -> Mapping[str, Questions]:
-            return _questions(snapshot, modality, texts=texts, encoder=encoder)
+            return _questions(snapshot, modality, texts=texts, encoder=lambda: _of_this_space(store, encoder, texts))
 
         maker = IndexMaker(
             kept.get("kind", AUTO), memory=kept.get("memory"), target=kept.get("overlap", TARGET), asks=asks,
-            anew=anew or texts is not None, told=told,
+            anew=anew, retune=texts is not None, told=told,
         )  # fmt: skip
         store.update_derived(maker)
+    settings = {name: value for name, value in store.settings.items() if name != "index"}
+    store.note_settings(settings | ({"index": kept} if kept else {}))  # not before: what cannot be is not kept
     store.finish()
 
 
@@ -136,8 +136,8 @@ def tune_index(
     Raises as `derive`, and `IndexLockedError` while somebody else writes. Searchers see it after `refresh`.
     """
     wish = IndexWish(kind, memory, overlap, queries)
-    wish.check()
     with IndexStore.open(os.fspath(path), write=True) as store:
+        wish.check(store.dim)
 
         def load() -> Encodes | None:
             try:
@@ -150,6 +150,24 @@ def tune_index(
         derive(store, encoder=load, wish=wish, anew=anew, told=progress)
         with store.snapshot() as snapshot:
             return {m.value: _shown(snapshot, m) for m in Modality if snapshot.count(m)}
+
+
+def _of_this_space(
+    store: IndexStore, encoder: Callable[[], Encodes | None] | None, texts: Sequence[str] | None
+) -> Encodes | None:
+    """The encoder, when its rows can be compared with those of the index.
+
+    Else None, and queries are rows that are there; `IndexMismatchError` where the user brought texts to encode.
+    """
+    model = None if encoder is None else encoder()
+    if model is None or store.model.same_space(model.identity):
+        return model
+    if texts is None:
+        return None
+    raise IndexMismatchError(
+        store.path, expected=f"model {store.model.name}, to encode the queries", got=model.identity.name,
+        do="Name the model of the index, or leave the queries out.",
+    )  # fmt: skip
 
 
 def load_encoder(name: str | None, *, device: str) -> Encodes:

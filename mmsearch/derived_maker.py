@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmsearch.errors import IndexDamagedError
+from mmsearch.errors import IndexDamagedError, UsageError
 from mmsearch.index.approximate import ApproximateIndex, imbalance_of, read_file
 from mmsearch.index.building import add, build, out_of_memory, pieces_of
 from mmsearch.index.estimate import estimate
@@ -40,6 +40,9 @@ TAIL_SHARE, TAIL_ROWS = 0.02, 20_000
 RETRAIN_GROWTH = 4.0
 RETRAIN_IMBALANCE = 1.5
 RETUNE_GROWTH = 1.5
+FEW_TO_LEARN = 10_000
+"""Fewer rows than this that a kind cannot learn from are searched exactly instead."""
+FAST = "ivf-pq-fs"
 ANSWERS = 10
 TOLD_FROM_S = 20.0
 """What a build needs is said beforehand when it is expected to take so long."""
@@ -52,7 +55,8 @@ class IndexMaker:
     """See `store.derived.DerivedWriter`.
 
     `kind`: a name of `index.layouts`, "auto" or a FAISS factory string. `memory`: bytes, or no limit. `target`: overlap
-    with exact search to tune for, 0..1. `anew`: whatever is there is not started from.
+    with exact search to tune for, 0..1. `anew`: whatever is there is not started from. `retune`: parameters are
+    searched for although nothing asks for it.
     """
 
     def __init__(
@@ -63,11 +67,13 @@ class IndexMaker:
         target: float = TARGET,
         asks: Asks | None = None,
         anew: bool = False,
+        retune: bool = False,
         told: Progress | None = None,
         told_from_s: float = TOLD_FROM_S,
     ) -> None:
         self._told_from_s = told_from_s
-        self._kind, self._memory, self._target, self._anew = kind, memory, target, anew
+        self._kind, self._memory, self._target = kind, memory, target
+        self._anew, self._retune = anew, anew or retune
         self._asks: Asks = asks or (lambda modality: {})
         self._told = told or SilentProgress()
 
@@ -85,10 +91,11 @@ class IndexMaker:
         return self._made(layout, rows)
 
     def _layout(self, rows: DerivedRows, there: Derived | None) -> Layout:
-        layout = layout_of(self._kind, n=rows.count, d=rows.dim, memory=self._memory)
-        near = there is not None and there.kind != FLAT and rows.count >= 0.8 * SMALL
+        alive = rows.count - len(rows.dead)
+        layout = layout_of(self._kind, n=alive, d=rows.dim, memory=self._memory)
+        near = there is not None and there.kind == FAST and alive >= 0.8 * SMALL
         if self._kind == AUTO and layout.kind == FLAT and near:  # around the border one does not switch to and fro
-            return layout_of("ivf-pq-fs", n=rows.count, d=rows.dim, memory=self._memory)
+            return layout_of(FAST, n=alive, d=rows.dim, memory=self._memory)
         return layout
 
     def _kept(self, layout: Layout, rows: DerivedRows, there: Derived, path: str) -> NewFile | Derived | None:
@@ -96,28 +103,46 @@ class IndexMaker:
         facts, missing = there.facts, rows.count - there.count
         if rows.count > RETRAIN_GROWTH * max(int(facts.get("trained_for", 0)), 1):
             return None
-        if "memory" in facts and facts["memory"] != self._memory and facts["factory"] != layout.factory:
+        if self._memory is not None and there.size / there.count * rows.count > self._memory:
             return None
-        if missing <= min(TAIL_SHARE * rows.count, TAIL_ROWS):
-            tuned = self._tuned(facts, rows, read_file(path), layout)
-            return there if tuned == facts else replace(there, facts=tuned)
+        if facts["factory"] != layout.factory and facts.get("memory") != self._memory:
+            return None
+        untuned = self._is_untuned(facts, rows)
+        if missing <= min(TAIL_SHARE * rows.count, TAIL_ROWS) and not untuned:
+            return there
         try:
-            index = read_file(path, mapped=False)
+            index = read_file(path, mapped=missing == 0)
         except IndexDamagedError:
             return None
+        if missing == 0:
+            return replace(there, facts=self._tuned(facts, rows, index, layout))
         self._told.start(missing, what=f"adding rows to the index ({layout.kind})", unit="rows")
         with out_of_memory(layout):
             add(index, rows, start=there.rows, told=self._told)
         if imbalance_of(index) > RETRAIN_IMBALANCE * max(float(facts.get("imbalance", 0.0)), 1.0):
             self._told.note(f"the lists of the {rows.modality.value} index have become uneven: training it anew")
             return None
-        return self._put(index, layout, rows, facts)
+        return self._put(index, layout, rows, facts, tune=untuned)
 
-    def _made(self, layout: Layout, rows: DerivedRows) -> NewFile:
+    def _is_untuned(self, facts: Mapping[str, Any], rows: DerivedRows) -> bool:
+        before = facts.get("tuned")
+        if before is None or self._retune:
+            return True
+        return bool(rows.count > RETUNE_GROWTH * before["rows"] or before["target"] != self._target)
+
+    def _made(self, layout: Layout, rows: DerivedRows) -> NewFile | Derived:
         needs = estimate(layout, n=rows.count, d=rows.dim)
         if needs.seconds >= self._told_from_s:
             self._told.note(f"{rows.count:,} {rows.modality.value} rows as {layout.kind} ({layout.factory}): {needs}")
-        built = build(layout, rows, told=self._told)
+        try:
+            built = build(layout, rows, told=self._told)
+        except UsageError:
+            if rows.count >= FEW_TO_LEARN:
+                raise
+            self._told.note(
+                f"{rows.count:,} {rows.modality.value} rows are too few for {layout.kind}: searched exactly"
+            )
+            return _flat(rows, None)
         if built.resumed:
             self._told.note(f"went on with {built.resumed:,} rows that an interrupted run had added")
         facts = {
@@ -128,19 +153,23 @@ class IndexMaker:
             "imbalance": round(imbalance_of(built.index), 3),
             "seconds": {"train": round(built.trained_seconds, 1), "add": round(built.added_seconds, 1)},
         }
-        return self._put(built.index, layout, rows, facts)
+        return self._put(built.index, layout, rows, facts, tune=True)
 
-    def _put(self, index: Any, layout: Layout, rows: DerivedRows, facts: Mapping[str, Any]) -> NewFile:  # noqa: ANN401
-        facts = self._tuned(facts, rows, index, layout)
+    def _put(
+        self,
+        index: Any,  # noqa: ANN401 - faiss has no types
+        layout: Layout,
+        rows: DerivedRows,
+        facts: Mapping[str, Any],
+        *,
+        tune: bool,
+    ) -> NewFile:
+        facts = self._tuned(facts, rows, index, layout) if tune else facts
         size, pieces = pieces_of(index, os.path.join(rows.work, "whole.faiss"))
         return NewFile(layout.kind, pieces, size, {**facts, "row_bytes": round(size / max(rows.count, 1), 1)})
 
     def _tuned(self, facts: Mapping[str, Any], rows: DerivedRows, index: Any, layout: Layout) -> Mapping[str, Any]:  # noqa: ANN401
-        """`facts` with parameters that reach the target on today's rows; the same object when they already do."""
-        before = facts.get("tuned")
-        grown = before is not None and rows.count > RETUNE_GROWTH * before["rows"]
-        if before is not None and not grown and before["target"] == self._target and not self._anew:
-            return facts
+        """`facts` with parameters that reach the target on today's rows."""
         asked = self._asks(rows.modality)
         self._told.start(None, what=f"tuning the {rows.modality.value} index on {_sorts(asked)}", unit="")
         began = time.perf_counter()

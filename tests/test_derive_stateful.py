@@ -111,7 +111,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 99), k=st.integers(1, 50))
     def search(self, seed, k):
         with self.store.snapshot() as snapshot:
-            index = neighbours(snapshot, Modality.IMAGE, small=0)
+            index = neighbours(snapshot, Modality.IMAGE, small=0, few=0)
             for _, part in index._parts:
                 if isinstance(part, ApproximateIndex):  # every list, every node: what is tested is which rows there are
                     part.parameters = Parameters(probes=4, effort=400, factor=100)

@@ -29,6 +29,8 @@ from mmsearch.types import Embeddings, Rows, Scores
 
 _INVERTED = b"Iw"
 """How a file with inverted lists begins."""
+_PIECE_BYTES = 64 << 20
+"""Candidates of so many queries are scored again at once."""
 TUNED_FOR = 10
 """k at which parameters were chosen."""
 
@@ -153,7 +155,7 @@ class ApproximateIndex:
         return Parameters(
             probes=min(self._lists, max(1, round(how.probes * max(1.0, more**0.5)))) if self._lists else 0,
             effort=min(self.size, max(how.effort, wide, round(how.effort / share))) if self._graph else 0,
-            factor=how.factor,
+            factor=max(1, min(how.factor, -(-self.size // m))),
         )
 
     def _selector(self, allowed: Rows | None, excluded: Rows | None) -> Any:  # noqa: ANN401 - faiss has no types
@@ -161,9 +163,10 @@ class ApproximateIndex:
             return bitmap(allowed)
         if excluded is None or not len(excluded):
             return None
-        if self._excluded is None or self._excluded[0] is not excluded:
-            self._excluded = (excluded, all_but(excluded))
-        return self._excluded[1]
+        kept = self._excluded  # read once: another thread may be storing another
+        if kept is None or kept[0] is not excluded:
+            kept = self._excluded = (excluded, all_but(excluded))
+        return kept[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write FAISS's own file format."""
@@ -193,7 +196,18 @@ def _first_that_reads(name: str, ways: Sequence[int]) -> Any:  # noqa: ANN401 - 
     for flags in ways[:-1]:
         with contextlib.suppress(RuntimeError):  # lists behind a transformation
             return _faiss().read_index(name, flags)
-    return _faiss().read_index(name, ways[-1])
+    index = _faiss().read_index(name, ways[-1])
+    _without_prefetching(index)
+    return index
+
+
+def _without_prefetching(index: Any) -> None:  # noqa: ANN401 - faiss has no types
+    """FAISS starts up to 32 threads a query to touch mapped lists beforehand: thirty times the work of a search."""
+    faiss = _faiss()
+    inverted = faiss.try_extract_index_ivf(index)
+    lists = None if inverted is None else faiss.downcast_InvertedLists(inverted.invlists)
+    if isinstance(lists, faiss.OnDiskInvertedLists):
+        lists.prefetch_nthread = 0
 
 
 def lists_of(index: Any) -> int:  # noqa: ANN401 - faiss has no types
@@ -266,8 +280,12 @@ def _over(index: Any, stored: NDArray[np.float16]) -> Any:  # noqa: ANN401 - fai
 
 def _rescored(queries: Embeddings, ids: Rows, rows: Rows, stored: NDArray[np.float16], m: int) -> tuple[Scores, Rows]:
     """The m best of the candidates by their stored rows."""
-    wide = np.asarray(stored[np.maximum(rows, 0)], dtype=np.float32)  # (q, c, d)
-    scores = np.where(rows < 0, -np.inf, np.einsum("qcd,qd->qc", wide, queries)).astype(np.float32)
+    scores = np.empty(rows.shape, np.float32)
+    step = max(1, _PIECE_BYTES // (6 * max(rows.shape[1], 1) * queries.shape[1]))
+    for start in range(0, len(queries), step):
+        some = slice(start, start + step)
+        wide = np.asarray(stored[np.maximum(rows[some], 0)], dtype=np.float32)  # (b, c, d)
+        scores[some] = np.where(rows[some] < 0, -np.inf, np.einsum("qcd,qd->qc", wide, queries[some]))
     order = best_first(scores, ids)[:, :m]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
 

@@ -1,9 +1,10 @@
-"""Making and growing a FAISS index of stored rows, in bounded memory and so that a kill costs a minute.
+"""Making and growing a FAISS index of stored rows, in bounded memory and so that a kill costs a minute of adding.
 
 Decisions:
 - What is learned (centroids, code books) comes from a random sample; rows are then added piece by piece.
-- A long build leaves checkpoints in its work folder: the index so far and the row to go on with. One is written when
-  adding has taken a minute since the last and ten times as long as that took, so checkpoints cost a tenth at most.
+- A long build leaves checkpoints in its work folder: the index so far and the row to go on with. The first is written a
+  minute after the beginning, the next when a minute has gone since and ten times as long as the last one took, so
+  checkpoints cost a tenth at most. Training is done again when it is interrupted; it takes minutes at most.
 - Nothing in the work folder is trusted: it counts only for the same layout of the same vector file, with its checksum.
 """
 
@@ -14,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,8 +116,8 @@ def trained(layout: Layout, rows: StoredRows, *, told: Progress) -> Any:  # noqa
     if not index.is_trained:
         sample = rows.vectors(rows.sample(layout.train_rows, seed=_SEED))
         told.start(None, what=f"training {layout.factory} on {len(sample):,} rows", unit="")
-        if layout.lists >= centroids.FROM and len(sample) >= layout.lists:
-            inverted: Any = faiss.try_extract_index_ivf(index)
+        inverted: Any = faiss.downcast_index(index)  # behind a transformation rows would be others
+        if layout.lists >= centroids.FROM <= len(sample) and isinstance(inverted, faiss.IndexIVF):
             inverted.quantizer.add(centroids.two_level(sample, layout.lists))
         _settle(faiss.downcast_index(faiss.try_extract_index_ivf(index) or index))
         try:
@@ -173,16 +174,17 @@ class Checkpoint:
 
     def __init__(self, folder: str, *, key: str, every_s: float) -> None:
         self._folder, self._key, self._every = folder, key, every_s
-        self._file, self._facts = os.path.join(folder, "partial.faiss"), os.path.join(folder, "partial.json")
+        self._facts = os.path.join(folder, "partial.json")
         self._last, self._cost = time.perf_counter(), 0.0
 
     def load(self) -> tuple[Any, int, int]:
         """(index, the row to go on with, rows in it); (None, 0, 0) where there is none to rely on."""
         try:
             facts = json.loads(Path(self._facts).read_text(encoding="utf-8"))
-            if facts["key"] != self._key or facts["xxh3"] != _digest(self._file):
+            file = os.path.join(self._folder, os.path.basename(facts["file"]))
+            if facts["key"] != self._key or facts["xxh3"] != _digest(file):
                 return None, 0, 0
-            index = read_file(self._file, mapped=False)
+            index = read_file(file, mapped=False)
             return index, int(facts["next"]), int(index.ntotal)
         except (OSError, ValueError, KeyError, TypeError, IndexDamagedError):
             return None, 0, 0
@@ -193,11 +195,16 @@ class Checkpoint:
         if since < self._every or since < _CHECKPOINT_SHARE * self._cost:
             return
         began = time.perf_counter()
-        write_file(index, self._file)
-        facts = {"key": self._key, "next": next_row, "xxh3": _digest(self._file)}
+        name = f"partial-{next_row}.faiss"  # another name than the last: that one counts until the facts name this one
+        file = os.path.join(self._folder, name)
+        write_file(index, file)
+        facts = {"key": self._key, "next": next_row, "file": name, "xxh3": _digest(file)}
         temporary = self._facts + ".tmp"
         Path(temporary).write_text(json.dumps(facts), encoding="utf-8")
         os.replace(temporary, self._facts)
+        for other in Path(self._folder).glob("partial-*.faiss"):
+            if other.name != name:
+                other.unlink()
         self._last = time.perf_counter()
         self._cost = self._last - began
 
@@ -250,7 +257,11 @@ class out_of_memory:  # noqa: N801 - reads as the statement it is used in
 
 
 def _key(layout: Layout, rows: StoredRows) -> str:
-    facts: Mapping[str, Any] = asdict(layout) | {"vectors": os.path.basename(rows.vectors_path), "d": rows.dim}
+    facts: Mapping[str, Any] = {
+        "factory": layout.factory,
+        "vectors": os.path.basename(rows.vectors_path),
+        "d": rows.dim,
+    }
     return str(xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode()))
 
 

@@ -145,9 +145,15 @@ class StoredIndex:
     """Parts of the rows, each with its own index, searched together under the store's row numbers."""
 
     def __init__(
-        self, parts: Sequence[tuple[Positions, NeighbourIndex]], *, source: StoredRows[D], dead: Rows, kind: str
+        self,
+        parts: Sequence[tuple[Positions, NeighbourIndex]],
+        *,
+        source: StoredRows[D],
+        dead: Rows,
+        kind: str,
+        few: int = _FEW,
     ) -> None:
-        self._parts, self._source, self._dead, self.kind = parts, source, dead, kind
+        self._parts, self._source, self._dead, self.kind, self._few = parts, source, dead, kind, few
         self.dim = source.dim
         self.size = sum(positions.size for positions, _ in parts) - len(dead)
         self._gone = [
@@ -160,7 +166,7 @@ class StoredIndex:
         """See `base.NeighbourIndex.search`; row numbers are those of the store."""
         queries = check_embeddings(queries, dim=self.dim, where="query")
         check_k(k, len(queries))
-        if excluded is not None:
+        if excluded is not None and self._parts:
             allowed = self._others(excluded) if allowed is None else np.setdiff1d(allowed, excluded)
         wanted = None if allowed is None else np.setdiff1d(np.asarray(allowed, np.int64), self._dead)
         found = [self._search_part(number, queries, k, wanted) for number in range(len(self._parts))]
@@ -175,11 +181,11 @@ class StoredIndex:
     def _search_part(self, number: int, queries: Embeddings, k: int, allowed: Rows | None) -> tuple[Scores, Rows]:
         positions, index = self._parts[number]
         gone = self._gone[number]
-        if allowed is None and positions.size - len(gone) > _FEW:
+        if allowed is None and positions.size - len(gone) > self._few:
             scores, found = index.search(queries, min(k, positions.size), excluded=gone if len(gone) else None)
             return scores, positions.rows(found)
         wanted = positions.of(np.setdiff1d(positions.all(), self._dead) if allowed is None else allowed)
-        if len(wanted) <= _FEW:
+        if len(wanted) <= self._few:
             few = positions.rows(wanted)
             scores, columns = ExactIndex(self._source.vectors(few)).search(queries, min(k, max(len(few), 1)))
             return scores, np.where(columns < 0, -1, few[columns]) if len(few) else columns
@@ -187,10 +193,11 @@ class StoredIndex:
         return scores, positions.rows(found)
 
 
-def neighbours(snapshot: StoredRows[D], modality: Modality, *, small: int = SMALL) -> NeighbourIndex:
+def neighbours(snapshot: StoredRows[D], modality: Modality, *, small: int = SMALL, few: int = _FEW) -> NeighbourIndex:
     """The alive rows of `modality` at that generation, ready to be searched.
 
-    `small`: with fewer rows a file for exact search is not used (0: whenever it is there and intact).
+    `small`: with fewer rows a file for exact search is not used (0: whenever it is there and intact). `few`: so many
+    rows of a part, or fewer, are compared one by one rather than looked for in its file.
     """
     ranges = snapshot.ranges(modality)
     covered, kind = 0, ExactIndex.kind
@@ -205,7 +212,7 @@ def neighbours(snapshot: StoredRows[D], modality: Modality, *, small: int = SMAL
         if stop > covered:
             first = max(start, covered)
             parts.append((Positions([(first, stop)]), ExactIndex(snapshot.block(first, stop))))
-    return StoredIndex(parts, source=snapshot, dead=snapshot.dead_rows(modality), kind=kind)
+    return StoredIndex(parts, source=snapshot, dead=snapshot.dead_rows(modality), kind=kind, few=few)
 
 
 def _load(

@@ -84,9 +84,10 @@ class FaissFlat:
 
     def _all_but(self, excluded: Rows | None) -> Any:  # noqa: ANN401 - faiss has no types
         """The selector of everything else; kept, as long as the same array is asked for."""
-        if excluded is not None and (self._excluded is None or self._excluded[0] is not excluded):
-            self._excluded = (excluded, all_but(excluded))
-        return None if self._excluded is None else self._excluded[1]
+        kept = self._excluded  # read once: another thread may be storing another
+        if excluded is not None and (kept is None or kept[0] is not excluded):
+            kept = self._excluded = (excluded, all_but(excluded))
+        return None if kept is None else kept[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write FAISS's own file format."""

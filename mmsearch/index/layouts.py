@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mmsearch.errors import UsageError
 
@@ -175,14 +176,34 @@ def _training(n: int, lists: int) -> int:
 
 
 def _raw(factory: str, n: int, d: int) -> Layout:
-    """A FAISS factory string; whether FAISS takes it is found out by `builds`."""
+    """A FAISS factory string, taken when FAISS takes it and what it makes can be searched the way all kinds are."""
     if not factory or not factory[0].isupper():
         raise UsageError(
             "index kind",
             expected=f"{', '.join(kind_names())}, or a FAISS factory string such as IVF1024,SQ8",
             got=factory,
         )
-    lists = next(
-        (int(part[3:].split("_")[0]) for part in factory.split(",") if part[3:4].isdigit() and part[:3] == "IVF"), 0
-    )
+    lists, refused = _looked_at(factory, d)
+    if refused:
+        raise UsageError("index kind", expected=f"a FAISS factory string for d = {d}", got=f"{factory}: {refused}")
     return Layout(factory, factory, lists, min(n, max(_TRAINING_PER_LIST * lists, 65_536)), True, 4.0 * d)
+
+
+def _looked_at(factory: str, d: int) -> tuple[int, str]:
+    """(inverted lists, "") of what FAISS makes of a string, or (0, why it cannot be used)."""
+    import faiss
+
+    try:
+        index: Any = faiss.downcast_index(faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT))
+    except RuntimeError:
+        return 0, "FAISS does not take it"
+    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        return 0, "rows are known by the store's numbers"
+    if isinstance(index, faiss.IndexRefine):
+        return 0, "candidates are scored again with the stored rows already"
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    searchable = (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexPQ)
+    if not isinstance(index, searchable) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        return 0, f"{type(index).__name__} leaves no rows out, or knows no inner products"
+    return int(index.nlist) if isinstance(index, faiss.IndexIVF) else 0, ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -210,8 +210,3 @@ def _half(judged: Judged, which: int) -> Judged:
         return judged
     asked, drawn = judged.questions, np.random.default_rng(0).permutation(len(judged.right))[which::2]
     return Judged(replace(asked, vectors=asked.vectors[drawn], own=asked.own[drawn]), judged.right[drawn])
-
-
-def sorts(asked: Sequence[tuple[str, Judged]]) -> str:
-    """For people: what the queries were."""
-    return ", ".join(f"{len(judged.right)} {name} queries ({judged.questions.source})" for name, judged in asked)

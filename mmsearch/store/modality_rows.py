@@ -52,12 +52,15 @@ class ModalityRows:
 
     def sample(self, n: int, *, seed: int) -> Rows:
         """At most n rows that are alive, at random, sorted."""
+        if len(self.dead):
+            alive = self._snapshot.alive_rows(self.modality)
+            return alive if n >= len(alive) else alive[_draw(len(alive), n, seed)]
         positions = np.arange(self.count) if n >= self.count else _draw(self.count, n, seed)
         starts = np.array([first for first, _ in self._ranges], np.int64)
         firsts = np.cumsum([0, *(stop - first for first, stop in self._ranges)])[:-1]
         which = np.searchsorted(firsts, positions, side="right") - 1
         rows: Rows = starts[which] + positions - firsts[which]
-        return rows[~np.isin(rows, self.dead, assume_unique=True)]
+        return rows
 
 
 def _draw(count: int, n: int, seed: int) -> NDArray[np.int64]:

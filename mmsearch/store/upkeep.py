@@ -117,12 +117,14 @@ def _alive(snapshot: DirectorySnapshot, blocks: list[tuple[int, int, str, int]])
 
 def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
     """Have the derived files made that their maker finds missing, damaged or stale; then the manifest."""
-    current: dict[str, Derived] = {}
+    current: dict[str, Derived] = {}  # of modalities that are not looked at yet: what is there stands
     work = os.path.join(writer.folder, DERIVED_FOLDER, WORK_FOLDER)
     with DirectorySnapshot(writer.folder, lenient=True) as snapshot:
+        recorded = {modality: snapshot.derived(modality) for modality in Modality}
+        current |= {modality.value: one for modality, one in recorded.items() if one is not None}
         for modality in Modality:
             rows = ModalityRows(snapshot, modality, work=os.path.join(work, modality.value))
-            there = snapshot.derived(modality)
+            there = current.pop(modality.value, None)
             path = None if there is None else snapshot.intact(there)
             made = derived_writer.make(rows, there=there, path=path) if rows.count else None
             if isinstance(made, NewFile):
@@ -132,6 +134,8 @@ def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
                     pass
             if made is not None:
                 current[modality.value] = made
+                if made != there:
+                    writer.finish(current)  # hours of work are not to be lost by what comes after them
     writer.finish(current)
     shutil.rmtree(work, ignore_errors=True)  # what is left of it would only be started from in vain
 

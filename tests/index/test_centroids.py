@@ -24,6 +24,18 @@ def test_there_are_exactly_as_many_as_asked_for(n, lists):
     np.testing.assert_array_equal(centres, two_level(rows, lists))
 
 
+@pytest.mark.parametrize("factory", ["OPQ8_16,IVF128,SQfp16", "PCA16,IVF128,Flat"])
+def test_lists_behind_a_transformation_are_learned_behind_it(factory, tmp_path, monkeypatch):
+    """Their rows are not the rows that were brought."""
+    monkeypatch.setattr(centroids, "FROM", 1)
+    rows, queries = RowsOfFile(tmp_path, clustered(6000)), off(50)
+    index = build(layout_of(factory, n=6000, d=32), rows, told=Told()).index
+    facts = {"rescore": True, "tuned": {"parameters": {"probes": 40, "effort": 0, "factor": 20}}}
+    opened = open_index(index, facts, kind="x", stored=rows.all, row_of=lambda: rows.numbers)
+    right = exact_answers(queries, rows.blocks(), 10, dead=rows.dead)[1]
+    assert overlap(opened.search(queries, 10)[1], right) >= 0.9
+
+
 def test_rows_are_nearly_as_close_to_them_as_to_those_of_one_level(tmp_path, monkeypatch):
     """And an index over them finds as much."""
     rows, right = RowsOfFile(tmp_path, clustered(6000)), None

@@ -57,6 +57,17 @@ def test_raw_factory_strings_are_taken_and_nonsense_is_not():
         layout_of("fast", n=9999, d=16)
 
 
+@pytest.mark.parametrize(
+    "factory", ["Hello", "PQ7", "IVF16,PQ8,RFlat", "IVF16,Flat,Refine(SQfp16)", "IDMap,Flat", "NSG16,Flat", "PQ8x4fs"]
+)
+def test_strings_that_cannot_be_searched_as_others_are_refused(factory):
+    """Before a row is encoded or added, in one line with the string."""
+    with pytest.raises(UsageError, match=factory.split(",")[0]):
+        layout_of(factory, n=99_999, d=32)
+    assert layout_of("IVF4k,SQ8", n=99_999, d=32).lists == 4096
+    assert layout_of("PCA16,IVF64,Flat", n=99_999, d=32).lists == 64
+
+
 def test_lists_grow_with_the_square_root():
     """Known values."""
     assert (lists_for(1), lists_for(1_000_000), lists_for(10**12)) == (16, 4096, 1 << 18)
