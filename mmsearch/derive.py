@@ -261,3 +261,19 @@ def made_texts(n: int) -> list[str]:
     )
     names, rng = imagenet_prompts(synonyms=1, template="{}")[0], np.random.default_rng(_SEED)
     return [frames[i % len(frames)].format(*(names[j] for j in rng.integers(0, len(names), size=2))) for i in range(n)]
+
+
+def derive_or_scan(
+    store: IndexStore, *, encoder: Callable[[], Encodes | None] | None, told: Progress | None = None
+) -> tuple[str, ...]:
+    """`derive` for rows that came as a whole, copied or encoded anew, as the settings of the index say.
+
+    Where those do not suit the rows (too few to learn a kind from, a budget they exceed), searches scan all of them,
+    and what is returned says so: nothing is lost, only speed. Raises `ModelError` and what else `derive` raises.
+    """
+    try:
+        derive(store, encoder=encoder, told=told)
+    except UsageError as error:
+        store.finish()
+        return (f"{store.path}: searches scan all rows: {error}",)
+    return ()

@@ -183,27 +183,32 @@ def _raw(factory: str, n: int, d: int) -> Layout:
             expected=f"{', '.join(kind_names())}, or a FAISS factory string such as IVF1024,SQ8",
             got=factory,
         )
-    lists, refused = _looked_at(factory, d)
+    lists, row_bytes, refused = _looked_at(factory, d)
     if refused:
         raise UsageError("index kind", expected=f"a FAISS factory string for d = {d}", got=f"{factory}: {refused}")
-    return Layout(factory, factory, lists, min(n, max(_TRAINING_PER_LIST * lists, 65_536)), True, 4.0 * d)
+    return Layout(factory, factory, lists, min(n, max(_TRAINING_PER_LIST * lists, 65_536)), True, row_bytes)
 
 
-def _looked_at(factory: str, d: int) -> tuple[int, str]:
-    """(inverted lists, "") of what FAISS makes of a string, or (0, why it cannot be used)."""
+def _looked_at(factory: str, d: int) -> tuple[int, float, str]:
+    """(inverted lists, bytes a row, "") of what FAISS makes of a string, or (0, 0, why it cannot be used)."""
     import faiss
 
     try:
-        index: Any = faiss.downcast_index(faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT))
+        made: Any = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)  # owns all that is looked at below
     except RuntimeError:
-        return 0, "FAISS does not take it"
-    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
-        return 0, "rows are known by the store's numbers"
-    if isinstance(index, faiss.IndexRefine):
-        return 0, "candidates are scored again with the stored rows already"
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
+        return 0, 0.0, "FAISS does not take it"
+    outer: Any = faiss.downcast_index(made)
+    if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        return 0, 0.0, "rows are known by the store's numbers"
+    if isinstance(outer, faiss.IndexRefine):
+        return 0, 0.0, "candidates are scored again with the stored rows already"
+    index: Any = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexPreTransform) else outer
     searchable = (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexPQ)
     if not isinstance(index, searchable) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        return 0, f"{type(index).__name__} leaves no rows out, or knows no inner products"
-    return int(index.nlist) if isinstance(index, faiss.IndexIVF) else 0, ""
+        return 0, 0.0, f"{type(index).__name__} leaves no rows out, or knows no inner products"
+    if isinstance(index, faiss.IndexIVF):
+        return int(index.nlist), float(index.code_size) + 8, ""
+    if isinstance(index, faiss.IndexHNSW):
+        codes: Any = faiss.downcast_index(index.storage)
+        return 0, float(codes.code_size) + 8 * _LINKS + 16, ""
+    return 0, float(index.code_size), ""

@@ -33,7 +33,7 @@ def test_lists_behind_a_transformation_are_learned_behind_it(factory, tmp_path, 
     facts = {"rescore": True, "tuned": {"parameters": {"probes": 40, "effort": 0, "factor": 20}}}
     opened = open_index(index, facts, kind="x", stored=rows.all, row_of=lambda: rows.numbers)
     right = exact_answers(queries, rows.blocks(), 10, dead=rows.dead)[1]
-    assert overlap(opened.search(queries, 10)[1], right) >= 0.9
+    assert overlap(opened.search(queries, 10)[1], right) >= 0.8  # rows of the wrong space: below 0.4
 
 
 def test_rows_are_nearly_as_close_to_them_as_to_those_of_one_level(tmp_path, monkeypatch):
