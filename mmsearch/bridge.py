@@ -135,7 +135,8 @@ def fit(
     names, which = np.unique(groups, return_inverse=True)
     if not len(old) == len(new) == len(which) or len(names) < LEAST:
         got = f"{len(old)} and {len(new)} in {len(names)}"
-        raise UsageError("bridge", expected=f"pairs of rows in {LEAST} groups or more", got=got)
+        do = "Draw a larger sample, or reindex without a bridge."
+        raise UsageError("bridge", expected=f"pairs of rows in {LEAST} groups or more", got=got, do=do)
     fold = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[which]
     held: dict[tuple[str, int], Embeddings] = {}
     for part in range(FOLDS):

@@ -26,11 +26,13 @@ from mmsearch.bridge_cost import Pairs, cost_lines, fitted
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
 from mmsearch.errors import UsageError
 from mmsearch.evaluate.metrics import Ints
+from mmsearch.opened import refuse_shards
 from mmsearch.pictures import Encoded, EncodesPictures, LocalPictures, Request
 from mmsearch.progress import Progress, SilentProgress
 from mmsearch.store.base import Snapshot
 from mmsearch.store.bridge_file import ends_of
 from mmsearch.store.directory import IndexStore
+from mmsearch.store.imports import TEXT_UNKNOWN
 from mmsearch.types import Modality, Rows
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def build_bridge(
     Raises `UsageError` for an index of that model, one with fused item vectors, or one of fewer than 16 pictures.
     """
     started, told = time.perf_counter(), progress or SilentProgress()
+    refuse_shards(os.fspath(path))
     with IndexStore.open(os.fspath(path)) as store, store.snapshot() as snapshot:
         _check(store, snapshot, sample)
         if encoder is None:
@@ -93,7 +96,10 @@ def build_bridge(
 
             encoder = Encoder.load(os.fspath(model) if model is not None else None, device=device)
         if store.model.same_space(encoder.identity):
-            raise UsageError(store.path, expected="another model than the index has", got=encoder.identity.name)
+            raise UsageError(
+                store.path, expected="another model than the index has", got=encoder.identity.name,
+                do="Name the new one with --model.",
+            )  # fmt: skip
         random = np.random.default_rng(seed)
         drawn = _drawn(snapshot, random, sample)
         limits = _limits(store.settings)
@@ -113,6 +119,7 @@ def build_bridge(
 
 def needs_bridge(path: str | os.PathLike[str], encoder: Encodes) -> bool:
     """Whether that encoder cannot ask the index at `path` yet: it is another model, and there is no bridge to it."""
+    refuse_shards(os.fspath(path))
     with IndexStore.open(os.fspath(path)) as store:
         ends = ends_of(store.path)
         there = ends is not None and ends[0].same_space(store.model) and ends[1].same_space(encoder.identity)
@@ -121,14 +128,16 @@ def needs_bridge(path: str | os.PathLike[str], encoder: Encodes) -> bool:
 
 def _check(store: IndexStore, snapshot: Snapshot, sample: int) -> None:
     if sample < LEAST:
-        raise UsageError("sample", expected=f"{LEAST} pictures or more", got=str(sample))
+        raise UsageError("sample", expected=f"{LEAST} pictures or more", got=str(sample), do="Leave --sample out.")
     if store.settings.get("item_vectors") == "fused":
         got = "fused ones, made of pictures and captions together"
         do = "Run 'mmsearch reindex' without a bridge."
         raise UsageError(store.path, expected="separate item vectors", got=got, do=do)
     if snapshot.count(Modality.IMAGE) < LEAST:
-        got = f"{snapshot.count(Modality.IMAGE)}: encode them all with 'mmsearch reindex'"
-        raise UsageError(store.path, expected=f"{LEAST} pictures or more", got=got)
+        raise UsageError(
+            store.path, expected=f"{LEAST} pictures or more", got=str(snapshot.count(Modality.IMAGE)),
+            do="Run 'mmsearch reindex' without a bridge: so few are encoded in no time.",
+        )  # fmt: skip
 
 
 def _drawn(snapshot: Snapshot, random: np.random.Generator, sample: int) -> Rows:
@@ -155,7 +164,10 @@ def _pictures(snapshot: Snapshot, rows: Rows, encodes: EncodesPictures, told: Pr
                 new.append(one.vector)
         told.advance(len(outcomes))
     if len(kept) < LEAST:
-        raise UsageError("bridge", expected=f"{LEAST} pictures or more that can be read", got=str(len(kept)))
+        raise UsageError(
+            "bridge", expected=f"{LEAST} pictures or more that can be read", got=str(len(kept)),
+            do="Raise --sample, or see with 'mmsearch verify' what became of the files.",
+        )  # fmt: skip
     chosen = rows[kept]
     return Pairs(snapshot.vectors(chosen), np.stack(new).astype(np.float32), chosen, chosen)
 
@@ -165,16 +177,19 @@ def _captions(snapshot: Snapshot, pictures: Ints, encoder: Encodes) -> Pairs:
     rows: list[int] = []
     groups: list[int] = []
     for picture, located in zip(pictures.tolist(), snapshot.locate(pictures), strict=True):
-        own = snapshot.rows_of(located.item.id, Modality.TEXT).tolist() if located.item.captions else []
+        known = located.item.captions and located.item.metadata.get(TEXT_UNKNOWN) is not True
+        own = snapshot.rows_of(located.item.id, Modality.TEXT).tolist() if known else []
         rows += own
         groups += [picture] * len(own)
     return _by_both(snapshot, encoder, rows, groups)
 
 
 def _other_texts(snapshot: Snapshot, random: np.random.Generator, encoder: Encodes, *, most: int, but: Pairs) -> Pairs:
-    """Texts of other items, `most` of them: an index may have few pictures with captions. No two in a group."""
+    """Texts of other items, at most `most` of them: an index may have few pictures with captions. No two in a group."""
     alive = np.setdiff1d(snapshot.alive_rows(Modality.TEXT), but.rows)
-    rows = np.sort(random.choice(alive, max(min(most, len(alive)), 0), replace=False)).tolist()
+    drawn = np.sort(random.choice(alive, max(min(most, len(alive)), 0), replace=False))
+    located = zip(drawn.tolist(), snapshot.locate(drawn), strict=True)
+    rows = [row for row, one in located if one.item.metadata.get(TEXT_UNKNOWN) is not True]
     return _by_both(snapshot, encoder, rows, [-1 - row for row in rows])
 
 

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 ITEM_VECTORS = ("separate", "fused")
 """What stands for an item with a picture and texts: the picture's row, or one row made of all of it."""
 
+OWN_SETTINGS = ("model", "limits", "item_vectors", "tokens")
+"""Settings that a build makes anew; what else an index has of them stays."""
+
 OF_LIMITS = (SkipReason.TOO_LARGE, SkipReason.OUT_OF_MEMORY)
 """Skips that other limits may undo."""
 
@@ -217,8 +220,7 @@ def _open_store(
         made = IndexStore.create(target, model=identity, preprocessing=encoder.preprocessing, settings=settings)
         return made, ()
     store = IndexStore.open(target, write=True, repair=force, model=None if force else identity)
-    if "index" in store.settings:
-        settings = settings | {"index": store.settings["index"]}
+    settings = {name: value for name, value in store.settings.items() if name not in OWN_SETTINGS} | settings
     kept, wanted = _kept_item_vectors(store.settings), _kept_item_vectors(settings)
     if kept != wanted and not force:
         store.close()

@@ -135,7 +135,10 @@ def tune_index(
     The arguments are those of `IndexWish`. `encoder`: used instead of the index's own model when texts are encoded.
     Raises as `derive`, and `IndexLockedError` while somebody else writes. Searchers see it after `refresh`.
     """
+    from mmsearch.opened import refuse_shards
+
     wish = IndexWish(kind, memory, overlap, queries)
+    refuse_shards(os.fspath(path))
     with IndexStore.open(os.fspath(path), write=True) as store:
         wish.check(store.dim)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmsearch.errors import IndexDamagedError, IndexMismatchError
+from mmsearch.errors import IndexDamagedError, IndexMismatchError, UsageError
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import ModelIdentity, Preprocessing
 from mmsearch.view import View
@@ -85,14 +85,18 @@ class OneIndex:
         self._store.close()
 
 
-def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str) -> None:
+ASKED = "Ask with its own model, or give it that one: mmsearch reindex (mmsearch bridge until that is done)."
+TOGETHER = "Give all of them one model first: mmsearch reindex."
+
+
+def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str, do: str = ASKED) -> None:
     """Raise `IndexMismatchError`, naming both models, unless rows of the two can be compared."""
     if not of_index.same_space(got):
         raise IndexMismatchError(
             where,
             expected=f"model {of_index.name} (weights {of_index.weights[:12]}, d = {of_index.dim})",
             got=f"{got.name} (weights {got.weights[:12]}, d = {got.dim})",
-            do="Ask with its own model, or give it that one: mmsearch reindex (mmsearch bridge until that is done).",
+            do=do,
         )
 
 
@@ -105,6 +109,15 @@ def directories(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     given = [os.fspath(path) for path in paths]
     named = [path for path in given if len(given) == 1 or os.path.basename(path) != SHARDS_NAME]
     return [one for path in named for one in shards_of(path) or [path]]
+
+
+def refuse_shards(path: str) -> None:
+    """Raise `UsageError` for a folder that `split` made, where one index is worked on."""
+    if shards := shards_of(path):
+        raise UsageError(
+            path, expected="one index", got=f"a folder of {len(shards)} shards",
+            do=f"Name each shard by itself, such as {shards[0]}; 'mmsearch merge' makes one index of them.",
+        )  # fmt: skip
 
 
 def shards_of(folder: str) -> list[str]:

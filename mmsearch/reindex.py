@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsearch.data.images import DEFAULT_LIMITS, Limits
-from mmsearch.derive import derive
-from mmsearch.errors import ModelError, UsageError
+from mmsearch.derive import derive_or_scan
+from mmsearch.errors import ModelError
 from mmsearch.ingest import Ingest
+from mmsearch.opened import refuse_shards
 from mmsearch.pictures import Engine, ThisProcess
 from mmsearch.progress import Estimating, Progress, SilentProgress
 from mmsearch.store import reindexing
 from mmsearch.store.base import Change, ChangeKind
 from mmsearch.store.directory import IndexStore
+from mmsearch.store.imports import TEXT_UNKNOWN
 from mmsearch.store.reindexing import Reindexing, Task
 from mmsearch.store.tokens import remove_tokens
 from mmsearch.token_fill import reranker_of, with_tokens
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from mmsearch.rerank.tokens import ReadsPatches
 
 NO_PICTURE = "only its vector is there: it was imported without a picture"
+NO_TEXT = "only its vector is there: it was imported without its text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def reindex(
     """
     started, told = time.perf_counter(), progress or SilentProgress()
     target = os.fspath(path)
+    refuse_shards(target)
     IndexStore.stored_settings(target)  # no model is loaded for an index that is not there
     if encoder is None:
         from mmsearch.encoder import Encoder
@@ -104,6 +108,7 @@ def reindex(
         encoder = Encoder.load(os.fspath(model) if model is not None else None, device=device)
     with IndexStore.open(target, write=True) as store:
         joins = _joining(encoder) if store.settings.get("item_vectors") == "fused" else None
+        keeps = store.settings.get("tokens") is True
         reads, notes = _tokens_of(store, encoder, reranker, device=device)
         settings = _settings(store, encoder, tokens=reads is not None)
         pipeline = _Pipeline(
@@ -112,8 +117,8 @@ def reindex(
         report, new = _renew(store, pipeline, settings=settings, drop_missing=drop_missing)
         with new:
             if report.switched:
-                notes = (*notes, *_derive(new, encoder, told))
-                if reads is None:
+                notes = (*(notes if new is not store else ()), *derive_or_scan(new, encoder=lambda: encoder, told=told))
+                if reads is None and (new is not store or not keeps):
                     remove_tokens(target)
     report = replace(report, notes=(*report.notes, *notes)) if report.switched else report
     if report.switched and reads is not None:
@@ -126,6 +131,7 @@ def reindex(
 
 def abort(path: str | os.PathLike[str]) -> bool:
     """Give up the reindexing that has begun for the index at `path`; whether there was one."""
+    refuse_shards(os.fspath(path))
     return reindexing.abort(os.fspath(path))
 
 
@@ -184,9 +190,12 @@ def _changes(work: Reindexing, missing: list[Skipped], told: Progress, *, fused:
     """What is to be done, as the pipeline takes it; what has nothing to be encoded of goes to `missing`."""
     for task in work.pending():
         known = task.known
+        why = NO_TEXT if known.metadata.get(TEXT_UNKNOWN) is True else ""
         if known.path is None and known.has_image and not (fused and known.captions):
+            why = NO_PICTURE
+        if why:
             where = f"{known.root}: {known.name}" if known.root else known.name
-            missing.append(Skipped(where, SkipReason.VANISHED, NO_PICTURE))
+            missing.append(Skipped(where, SkipReason.VANISHED, why))
             told.advance(1)
             continue
         yield Change(_kind(task), task.source, task.fresh, text_changed=True)
@@ -229,13 +238,3 @@ def _limits(store: IndexStore) -> Limits:
         return Limits(**store.settings["limits"])
     except (KeyError, TypeError):
         return DEFAULT_LIMITS  # made without them, or with some of another version
-
-
-def _derive(store: IndexStore, encoder: Encodes, told: Progress) -> tuple[str, ...]:
-    """Lay the new rows out for searching as the index's settings say; a note where they do not fit those."""
-    try:
-        derive(store, encoder=lambda: encoder, told=told)
-    except UsageError as error:  # a kind or a budget that suited the old rows: nothing is lost, only speed
-        store.finish()
-        return (f"searches scan all rows: {error}",)
-    return ()

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mmsearch.derive import derive
+from mmsearch.derive import derive_or_scan
 from mmsearch.errors import IndexMismatchError, ModelError, StoreError, UsageError
-from mmsearch.opened import SHARDS_NAME, check_same_space, directories
+from mmsearch.opened import SHARDS_NAME, TOGETHER, check_same_space, directories, refuse_shards
 from mmsearch.progress import Progress, SilentProgress
-from mmsearch.store.copying import Contest, Origin, copy_items, copy_tokens, last_item
+from mmsearch.store.copying import Contest, Origin, copy_items, copy_tokens, keep_spaces, last_item
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.disk import Disk, os_guard
 from mmsearch.store.lock import WriterLock
@@ -50,6 +50,8 @@ OPEN_AT_ONCE = 64
 """Shards that are written side by side in one pass over the index: each takes a few open files."""
 _PLAN = "plan.json"
 _WHOLE = "whole"
+MIRRORED = "pushed"
+"""The setting that says of which indexes an index is kept a copy, see `scale.local_engine`."""
 
 Path_ = str | os.PathLike[str]
 Route = Callable[[int, str], int]
@@ -88,19 +90,19 @@ def merge(
     """Make one index at `out`, which must not be there, of several of one model; folders of shards count as theirs.
 
     Of items with one (root, name) or one id in several inputs the one with the newer stamp is kept, see
-    `store.copying`. Settings are those of the first input. `encoder`: makes the queries that a large index is tuned
-    with; None: that of the model, when it is needed. `batch_items`: of one commit, at most.
+    `store.copying`. Settings are those of the first input, memory the sum of all. `encoder`: makes the queries that a
+    large index is tuned with; None: that of the model, when it is needed. `batch_items`: of one commit, at most.
     Raises `UsageError`, `StoreError` where something is at `out`, `IndexMismatchError`, `IndexLockedError` while the
     same is being made, and what opening the inputs raises.
     """
     started, told, disk = time.perf_counter(), progress or SilentProgress(), disk or Disk()
     paths = directories(indexes)
     if not paths:
-        raise UsageError("merge", expected="index directories", got="none")
+        raise UsageError("merge", expected="index directories", got="none", do="Name at least one.")
     with ExitStack() as stack:
         origins = [stack.enter_context(Origin(path)) for path in dict.fromkeys(map(os.path.realpath, paths))]
         _check_alike(origins)
-        settings = dict(origins[0].settings)
+        settings = _merged_settings(origins)
         if any(origin.settings.get("tokens") is True for origin in origins):
             settings["tokens"] = True
         with _draft(os.fspath(out), _plan("merge", origins), disk=disk, told=told) as draft:
@@ -128,11 +130,15 @@ def split(
     """
     started, told, disk = time.perf_counter(), progress or SilentProgress(), disk or Disk()
     if (shards is None) == (rows is None):
-        raise UsageError("split", expected="a number of shards or of rows a shard", got="both or none")
+        got = "none" if shards is None else "both"
+        raise UsageError(
+            "split", expected="a number of shards or of rows a shard", got=got, do="Name one: --shards N or --rows N."
+        )
     if shards is not None and not 1 <= shards <= MOST_SHARDS:
-        raise UsageError("shards", expected=f"1 to {MOST_SHARDS}", got=str(shards))
+        raise UsageError("shards", expected=f"1 to {MOST_SHARDS}", got=str(shards), do="Name another number.")
     if rows is not None and rows < 1:
-        raise UsageError("rows", expected="1 or more", got=str(rows))
+        raise UsageError("rows", expected="1 or more", got=str(rows), do="Name how many rows a shard may hold.")
+    refuse_shards(os.fspath(index))
     with Origin(index) as origin:
         count, route = (shards, _by_id(shards)) if shards is not None else _by_rows(origin, rows or 1)
         names = [f"shard-{number:0{max(2, len(str(count - 1)))}d}" for number in range(count)]
@@ -142,12 +148,32 @@ def split(
             listing = json.dumps({"format": 1, "shards": names, "by": rule}, indent=1) + "\n"
             targets = [os.path.join(draft.whole, name) for name in names]
             copying = _Copying(
-                [origin], targets, settings=origin.settings, batch_items=batch_items, disk=disk, told=told
-            )
+                [origin], targets, settings=_kept_settings(origin.settings, shards=count),
+                batch_items=batch_items, disk=disk, told=told,
+            )  # fmt: skip
             copying.run(route, encoder)
             disk.put(os.path.join(draft.whole, SHARDS_NAME), [listing.encode()])
             draft.publish()
     return copying.report(Path(out), [Path(out, name) for name in names], started=started)
+
+
+def _merged_settings(origins: Sequence[Origin]) -> dict[str, Any]:
+    """Those of the first, with the memory that all of them together may take."""
+    settings = _kept_settings(origins[0].settings)
+    memory = [origin.settings.get("index", {}).get("memory") for origin in origins]
+    if "index" in settings and memory[0] is not None:
+        layout = {name: value for name, value in settings["index"].items() if name != "memory"}
+        settings["index"] = layout | ({} if None in memory else {"memory": sum(memory)})
+    return settings
+
+
+def _kept_settings(settings: Mapping[str, Any], *, shards: int = 1) -> dict[str, Any]:
+    """Those of an index that is one of so many made of another: no engine's mirror, and with its part of the memory."""
+    kept = {name: value for name, value in settings.items() if name != MIRRORED}
+    layout = kept.get("index", {})
+    if layout.get("memory") is not None:
+        kept["index"] = {**layout, "memory": max(layout["memory"] // shards, 1)}
+    return kept
 
 
 def shard_of(item_id: str, shards: int) -> int:
@@ -167,7 +193,8 @@ def _by_rows(origin: Origin, most: int) -> tuple[int, Route]:
             first_items.append(item)
             held = 0
             if len(first_items) > MOST_SHARDS:
-                raise UsageError("rows", expected=f"enough for {MOST_SHARDS} shards at most", got=str(most))
+                do = "Let a shard hold more rows."
+                raise UsageError("rows", expected=f"enough for {MOST_SHARDS} shards at most", got=str(most), do=do)
         held += count
     return len(first_items), lambda item, id_: bisect_right(first_items, item) - 1
 
@@ -176,7 +203,8 @@ def _check_alike(origins: Sequence[Origin]) -> None:
     """Rows of all can be compared, and stand for the same kind of thing."""
     first = origins[0]
     for other in origins[1:]:
-        check_same_space(first.model, other.model, where=f"{other.path}, to be merged with {first.path}")
+        where = f"{other.path}, to be merged with {first.path}"
+        check_same_space(first.model, other.model, where=where, do=TOGETHER)
         kinds = [one.settings.get("item_vectors", "separate") for one in (first, other)]
         if kinds[0] != kinds[1]:
             raise IndexMismatchError(
@@ -217,7 +245,8 @@ class _Copying:
                 stores = [stack.enter_context(self._open(path)) for path in some]
                 self._copy(stores, lambda item, id_, low=low: route(item, id_) - low)  # type: ignore[misc]
                 for store in stores:
-                    _derive(store, encoder, told=self._told)
+                    keep_spaces(store, self._origins)
+                    self._notes += _derive(store, encoder, told=self._told)
                     self._count(store)
         self._copy_tokens()
 
@@ -289,7 +318,7 @@ class _Copying:
         )
 
 
-def _derive(store: IndexStore, encoder: Encodes | None, *, told: Progress) -> None:
+def _derive(store: IndexStore, encoder: Encodes | None, *, told: Progress) -> tuple[str, ...]:
     """The files that make an index fast, as `build` makes them; tuned on what is there where its model is not."""
 
     def load() -> Encodes:
@@ -298,10 +327,10 @@ def _derive(store: IndexStore, encoder: Encodes | None, *, told: Progress) -> No
         return encoder or Encoder.load(store.settings.get("model"))
 
     try:
-        derive(store, encoder=load, told=told)
+        return derive_or_scan(store, encoder=load, told=told)
     except ModelError as error:
         told.note(f"{store.path}: tuned without texts: {error}")
-        derive(store, told=told)
+        return derive_or_scan(store, encoder=None, told=told)
 
 
 class _Draft:

@@ -25,7 +25,7 @@ import numpy as np
 
 from mmsearch.errors import IndexMismatchError, StoreError, UsageError
 from mmsearch.index.base import NeighbourIndex, check_k, merged, padded
-from mmsearch.opened import OneIndex, check_same_space
+from mmsearch.opened import TOGETHER, OneIndex, check_same_space
 from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.sharded import ShardedSnapshot
@@ -168,7 +168,8 @@ class Shards:
         A directory that is named twice counts once.
         """
         if not paths:
-            raise UsageError("index", expected="one or more index directories", got="none")
+            do = "Name at least one directory that 'mmsearch index' made."
+            raise UsageError("index", expected="one or more index directories", got="none", do=do)
         self.paths = _each_once(paths)
         self._partial = partial
         self._open: dict[str, OneIndex] = {}
@@ -267,7 +268,8 @@ class Shards:
         """Rows of all shards can be compared, and stand for the same kind of thing."""
         first = self._alike = self._alike or other
         try:
-            check_same_space(first.model, other.model, where=f"{other.path}, searched together with {first.path}")
+            where = f"{other.path}, searched together with {first.path}"
+            check_same_space(first.model, other.model, where=where, do=f"Search them apart. {TOGETHER}")
             kinds = [one.settings.get("item_vectors", "separate") for one in (first, other)]
             if kinds[0] != kinds[1]:
                 raise IndexMismatchError(

@@ -13,6 +13,7 @@ from reindex_kit import JoiningColors, TurnedEncoder, make_index, paint, photos,
 from mmsearch.bridge import LEAST, Bridge
 from mmsearch.bridge_build import build_bridge
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, UsageError
+from mmsearch.exchange import import_vectors
 from mmsearch.reindex import reindex
 from mmsearch.searcher import Searcher
 from mmsearch.store import Batch, IndexStore
@@ -221,3 +222,12 @@ def test_a_bridge_of_another_index_counts_for_nothing(bridged, tmp_path):
         Searcher.open(other, encoder=TurnedEncoder())
     IndexStore.open(str(other), write=True).close()
     assert not (other / NAME).exists()
+
+
+def test_texts_that_nobody_kept_are_no_example_for_a_bridge(tmp_path):
+    """Their captions are ids: fitted on those, a bridge would lead anywhere."""
+    index, vectors = make_index(tmp_path / "index", [shades(tmp_path / "photos", 20)[0].parent]), tmp_path / "x.npy"
+    np.save(vectors, ColorEncoder().encode_texts(list(COLORS)))
+    import_vectors(vectors, index, encoder=ColorEncoder(), modality="text")
+    encoder = TurnedEncoder()
+    assert build_bridge(index, encoder=encoder, workers=1).texts == 0 and encoder.texts == 0

@@ -520,3 +520,16 @@ def test_one_file_that_is_no_table_does_not_stop_a_list(photos, tmp_path):
     (tmp_path / "settings.json").write_text('{"theme": "dark"}')
     report, _ = run([photos / "red.png", tmp_path / "settings.json"], tmp_path / "index")
     assert (report.added, [s.reason for s in report.skipped]) == (1, [SkipReason.BAD_ROW])
+
+
+def test_settings_that_a_build_does_not_make_outlive_it(photos, tmp_path):
+    """A mirror's mark, or what a later version wrote down; what the build itself decides is replaced."""
+    out = tmp_path / "index"
+    run(photos, out)
+    with IndexStore.open(str(out), write=True) as store:
+        store.note_settings({**store.settings, "pushed": "somewhere 7", "tokens": True, "limits": {}})
+        store.finish()
+    run(photos, out, tokens=False)
+    with IndexStore.open(str(out)) as store:
+        assert store.settings["pushed"] == "somewhere 7" and store.settings["limits"]
+        assert "tokens" not in store.settings

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reindex_kit import (
     JoiningColors,
@@ -20,9 +21,12 @@ from reindex_kit import (
     shades,
 )
 
-from mmsearch.errors import IndexLockedError, IndexMismatchError, ModelError
+from mmsearch.bridge_build import build_bridge, needs_bridge
+from mmsearch.errors import IndexLockedError, IndexMismatchError, ModelError, UsageError
+from mmsearch.exchange import export_vectors, import_vectors
 from mmsearch.progress import Estimating
-from mmsearch.reindex import abort, reindex
+from mmsearch.reindex import NO_TEXT, abort, reindex
+from mmsearch.reshard import split
 from mmsearch.searcher import Searcher
 from mmsearch.store import Batch, IndexStore, Upsert
 from mmsearch.store.tokens import TOKENS_NAME
@@ -349,3 +353,37 @@ def test_sigkill_at_any_moment_leaves_the_old_or_the_new_index(tmp_path):
     assert report.kept > 8
     assert encoder.images == 64 - report.kept
     assert {len(row) for found in rows(index).values() for row in found} == {12}
+
+
+def test_texts_that_nobody_kept_are_listed_and_never_made_of_their_ids(tmp_path):
+    """Vectors of texts alone have their ids for captions: what a new model makes of "0" is not what the text was."""
+    index, vectors = make_index(tmp_path / "index", photos(tmp_path / "photos")), tmp_path / "x.npy"
+    np.save(vectors, ColorEncoder().encode_texts(["red", "blue"]))
+    import_vectors(vectors, index, encoder=ColorEncoder(), modality="text")
+    report, encoder = again(index)
+    assert [(one.path.rpartition(": ")[2], one.detail) for one in report.missing] == [("0", NO_TEXT), ("1", NO_TEXT)]
+    assert (report.switched, encoder.texts) == (False, 0)
+    assert first_hit(index, "blue", ColorEncoder(), to="text") == "1"
+
+
+def test_the_model_that_an_index_has_leaves_its_patch_tokens(index):
+    """They were not made by that model perhaps, and nothing was switched that they would no longer fit."""
+    with IndexStore.open(str(index), write=True) as store:
+        store.note_settings({**store.settings, "tokens": True})
+    again(index, reranker=GridPatches(size=24))
+    again(index)
+    assert (index / TOKENS_NAME).exists()
+
+
+def test_whole_jobs_on_one_index_say_so_for_a_folder_of_shards(index, tmp_path):
+    """What takes one index names the way out, instead of saying that there is none."""
+    split(index, tmp_path / "parts", shards=2)
+    for job in (
+        lambda: again(tmp_path / "parts"),
+        lambda: needs_bridge(tmp_path / "parts", TurnedEncoder()),
+        lambda: build_bridge(tmp_path / "parts", encoder=TurnedEncoder()),
+        lambda: export_vectors(tmp_path / "parts", tmp_path / "out", format="npy"),
+        lambda: split(tmp_path / "parts", tmp_path / "out", shards=3),
+    ):
+        with pytest.raises(UsageError, match=r"a folder of 2 shards.*each shard"):
+            job()

@@ -485,3 +485,37 @@ def test_item_numbers_are_never_used_again(tmp_path):
         assert store.find("table", "a1") is None
     with IndexStore.open(str(tmp_path / "out")) as store, store.snapshot() as snapshot:
         assert all(known.state is ItemState.OK for known in snapshot.items(state=None))
+
+
+def test_a_copy_is_no_engine_s_mirror(tmp_path):
+    """Which index was pushed into an index is said of that one: another with the same rows is not kept up to date."""
+    source = index(tmp_path / "a", [item("x"), item("y", 1)], pushed="somewhere 7", mine=1)
+    merged([source], tmp_path / "out")
+    for made in (tmp_path / "out", *parted(source, tmp_path / "parts", shards=2).indexes):
+        assert IndexStore.stored_settings(str(made)) == {"mine": 1}
+
+
+def test_a_layout_that_does_not_suit_what_is_made_costs_speed_only(tmp_path):
+    """A budget that the rows exceed: a note, and all of them are there."""
+    source = index(tmp_path / "a", [item(f"a{i}", i) for i in range(9)], index={"kind": "IVF2,Flat", "memory": 99})
+    report = parted(source, tmp_path / "parts", shards=2)
+    assert contents(*report.indexes) == contents(source)
+    assert any("searches scan all rows" in note for note in report.notes)
+    assert any("searches scan all rows" in note for note in merged(report.indexes, tmp_path / "out").notes)
+
+
+def test_shards_share_the_memory_that_the_index_may_take(tmp_path):
+    """Together they take what the index was allowed; merged again, one index may take that."""
+    source = index(tmp_path / "a", [item("x"), item("y", 1)], index={"memory": 1 << 30, "overlap": 0.9})
+    for made in parted(source, tmp_path / "parts", shards=4).indexes:
+        assert IndexStore.stored_settings(str(made))["index"] == {"memory": 1 << 28, "overlap": 0.9}
+    merged([tmp_path / "parts"], tmp_path / "out")
+    assert IndexStore.stored_settings(str(tmp_path / "out")) == IndexStore.stored_settings(str(source))
+
+
+def test_what_cannot_be_merged_is_told_what_helps(tmp_path):
+    """Not how to ask an index: nobody asked one."""
+    a = index(tmp_path / "a", [item("x")])
+    b = index(tmp_path / "b", [item("y")], model=ColorEncoder(name="other"))
+    with pytest.raises(IndexMismatchError, match="Give all of them one model first: mmsearch reindex"):
+        merged([a, b], tmp_path / "out")

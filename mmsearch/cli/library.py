@@ -95,9 +95,9 @@ class Library:
         """
         encoder = self._encoder if model is None else self._load(model, device=device)
         if filtered or (isinstance(path, str) and "://" in path):
-            from mmsearch.scale.engine_searcher import EngineSearcher, address_of
+            from mmsearch.cli.engine_asked import open_engine_searcher
 
-            return EngineSearcher.open(address_of(path), encoder=encoder, device=device)
+            return open_engine_searcher(path, encoder, device=device, model=model, partial=partial, reranker=reranker)
         from mmsearch.searcher import Searcher
 
         return Searcher.open(path, encoder=encoder, device=device, reranker=reranker or self._reranker, partial=partial)

@@ -77,7 +77,10 @@ def texts_of(batch: pyarrow.RecordBatch, dim: int) -> tuple[NDArray[Any], NDArra
         for side in (vectors, parts)
     ]
     if not np.array_equal(*counts):
-        raise InputError(TEXT_VECTORS, expected=f"as many vectors as {TEXT_PARTS} names", got="another number")
+        raise InputError(
+            TEXT_VECTORS, expected=f"as many vectors as {TEXT_PARTS} names", got="another number",
+            do="Export the index again, or take the two columns out of the table.",
+        )  # fmt: skip
     rows, _ = matrix_of(vectors.flatten(), dim)
     which = np.asarray(parts.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
     return rows, np.repeat(np.arange(len(batch), dtype=np.int64), counts[0]), which

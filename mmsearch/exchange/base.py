@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mmsearch.store.imports import IMPORTED
 from mmsearch.types import NO_METADATA, Metadata
 
 BLOCK_ROWS = 40_000
@@ -120,14 +121,19 @@ class Reading:
 class VectorSource:
     """All rows of one path. `fingerprint` changes when one of its files does, or how they are read.
 
-    `root`: the path, absolute. `folder`: where paths that are not absolute begin. `notes`: for the user.
+    `path`: what was named, absolute. `folder`: where paths that are not absolute begin. `notes`: for the user.
     """
 
-    root: str
+    path: str
     folder: str
     parts: Sequence[Part]
     fingerprint: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> str:
+        """What its items are known under in an index: apart from those that indexing the same path makes."""
+        return IMPORTED + self.path
 
     @property
     def dim(self) -> int:

@@ -34,6 +34,7 @@ from mmsearch.exchange.npy_out import JsonLinesFile, NpyShards, beside, image_en
 from mmsearch.exchange.pages import Page, pages
 from mmsearch.exchange.reports import ExportReport
 from mmsearch.index.faiss_files import flat_file
+from mmsearch.opened import refuse_shards
 from mmsearch.progress import Progress, SilentProgress
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.disk import Disk, os_guard
@@ -91,6 +92,7 @@ def export_vectors(
     started = time.perf_counter()
     write = _writer(format, modality, rows_per_file)
     target = os.path.abspath(os.path.expanduser(os.fspath(to)))
+    refuse_shards(os.fspath(index))
     with os_guard(target), IndexStore.open(os.fspath(index)) as store, store.snapshot() as snapshot:
         wanted = [one for one in Modality if modality in ("both", one.value)]
         total = sum(snapshot.count(one) for one in wanted)
@@ -146,10 +148,9 @@ def _begin(target: str) -> str:
 
 def _finish(folder: str, target: str) -> tuple[int, int]:
     """Make the files durable and give the folder its name: how many files, and their bytes."""
-    os.unlink(os.path.join(folder, _MARK))
     disk, files, size = Disk(), 0, 0
     for inside, _, names in os.walk(folder, topdown=False):
-        for name in names:
+        for name in set(names) - {_MARK}:
             descriptor = os.open(os.path.join(inside, name), os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -158,6 +159,8 @@ def _finish(folder: str, target: str) -> tuple[int, int]:
                 os.close(descriptor)
         disk.sync_dir(inside)
     os.rename(folder, target)
+    os.unlink(os.path.join(target, _MARK))  # last: killed before, a folder of that name is still known as an export
+    disk.sync_dir(target)
     disk.sync_dir(os.path.dirname(target))
     return files, size
 

@@ -28,11 +28,13 @@ from mmsearch.exchange.incoming import Counts, Incoming
 from mmsearch.exchange.reports import ImportReport
 from mmsearch.exchange.sources import open_source
 from mmsearch.exchange.space import Space, check_dim, check_known, open_index, space_of
+from mmsearch.index.layouts import EXACT
 from mmsearch.progress import Estimating, Progress, SilentProgress
 from mmsearch.store.base import Batch
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.imports import Imported, imports_fact, imports_of
 from mmsearch.store.records import count_below
+from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.types import Modality
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def import_vectors(
     target = os.fspath(out)
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
-        raise UsageError("import", expected="at least one path", got="none")
+        raise UsageError("import", expected="at least one path", got="none", do="Name files or folders of vectors.")
     reading = Reading(
         ids=None if ids is None else os.fspath(ids), id_column=id_column, vector_column=vector_column, modality=modality
     )
@@ -78,7 +80,7 @@ def import_vectors(
     named = None if model is None else os.fspath(model)
     whose = space_of(target, sources[0].dim, model=named, encoder=encoder, space=space, device=device)
     for source in sources:
-        check_dim(whose, source.dim, where=source.root)
+        check_dim(whose, source.dim, where=source.path)
     counts = Counts(notes=[note for source in sources for note in source.notes])
     if not _nothing_to_do(target, sources, whose, counts=counts):
         _import(target, sources, whose, counts=counts, told=told)
@@ -94,7 +96,7 @@ def import_vectors(
 def _import(target: str, sources: Sequence[VectorSource], whose: Space, *, counts: Counts, told: Progress) -> None:
     with open_index(target, whose) as store:
         for source in sources:
-            check_known(store, source.root, whose)
+            check_known(store, source, whose)
         for source in sources:
             SourceImport(store, source, counts=counts, told=told).run()
         store.compact()
@@ -111,7 +113,7 @@ def _nothing_to_do(target: str, sources: Sequence[VectorSource], whose: Space, *
             snapshot.model.same_space(whose.model)
             and manifest is not None
             and manifest.generation == snapshot.generation
-            and all(snapshot.derived(one) is not None for one in Modality if snapshot.count(one))
+            and all(_is_laid_out(store, snapshot, one) for one in Modality)
             and all(_is_complete(known.get(source.root), source) for source in sources)
             and all(known[source.root].items == count_below(snapshot, source.root) for source in sources)
         )
@@ -119,6 +121,12 @@ def _nothing_to_do(target: str, sources: Sequence[VectorSource], whose: Space, *
             counts.unchanged += source.count - known[source.root].skipped
             counts.remember(known[source.root].skipped, snapshot, source.root)
     return done
+
+
+def _is_laid_out(store: IndexStore, snapshot: DirectorySnapshot, modality: Modality) -> bool:
+    """Whether searches of that modality have what they are to use; for some kinds, and for no rows, that is nothing."""
+    scanned = store.settings.get("index", {}).get("kind") == EXACT or not snapshot.count(modality)
+    return scanned or snapshot.derived(modality) is not None
 
 
 def _is_complete(record: Imported | None, source: VectorSource) -> bool:
@@ -157,14 +165,14 @@ class SourceImport:
             self._counts.unchanged += self._source.count - record.skipped
             return
         self._counts.resumed += record.rows
-        self._told.note(f"{self._source.root}: going on at row {record.rows:,} of {self._source.count:,}")
+        self._told.note(f"{self._source.path}: going on at row {record.rows:,} of {self._source.count:,}")
         self._read(record.rows, None)
 
     def _compare(self) -> None:
         """Bring known items up to date; what is stored of the source's progress does not count meanwhile."""
         if self._record is not None:
             self._store.commit(Batch(facts=imports_fact(self._others)))
-        self._told.note(f"{self._source.root}: comparing with the {self._items:,} items that the index has of it")
+        self._told.note(f"{self._source.path}: comparing with the {self._items:,} items that the index has of it")
         with self._store.snapshot() as snapshot:
             comparison = Comparison(snapshot, self._source.root)
         self._read(0, comparison)
@@ -176,7 +184,7 @@ class SourceImport:
 
     def _read(self, start: int, comparison: Comparison | None) -> None:
         source, began = self._source, time.perf_counter()
-        self._told.start(source.count - start, what=f"importing {os.path.basename(source.root)}", unit="rows")
+        self._told.start(source.count - start, what=f"importing {os.path.basename(source.path)}", unit="rows")
         incoming = Incoming(source, counts=self._counts, shares_ids=bool(self._shares))
         done = start
         for label, first, block in source.blocks(start, rows_at_once(source.dim)):

@@ -16,6 +16,7 @@ from mmsearch.exchange.comparing import Comparison
 from mmsearch.exchange.reports import ImportReport
 from mmsearch.exchange.units import unit_rows
 from mmsearch.store.base import Batch, Skip, Upsert
+from mmsearch.store.imports import TEXT_UNKNOWN
 from mmsearch.store.records import ids_elsewhere, records_named, skipped_below
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.types import Embeddings, Skipped, SkipReason, Source
@@ -147,11 +148,12 @@ class Incoming:
             "no caption": "vectors of texts without a text were left out",
             "bad image": "vectors of pictures have no direction and were left out; their texts are there",
             "bad text": "items have a text whose vector has no direction; the rest of them is there",
+            "no text": "items have vectors of texts that nobody kept; their ids stand for them",
             "paths": "pictures are not on this machine; their paths are in the metadata",
         }
         for what, text in said.items():
             if self._tally[what]:
-                self._counts.notes.append(f"{self._source.root}: {self._tally[what]:,} {text}")
+                self._counts.notes.append(f"{self._source.path}: {self._tally[what]:,} {text}")
 
     def _images(self, block: Block) -> _Images | None:
         if block.images is None:
@@ -192,15 +194,18 @@ class Incoming:
         vectors: dict[str, Any] = {}
         if images is not None and images.ok[row]:
             vectors["image_vector"] = images.rows[row]
-        captions = facts.captions
+        captions, unknown = facts.captions, False
         if texts is not None and (start := texts.starts[row]) < (stop := texts.starts[row + 1]):
             vectors["text_vectors"], vectors["text_parts"] = texts.rows[start:stop], tuple(texts.parts[start:stop])
-            captions = captions or (name,)
+            captions, unknown = captions or (name,), not captions
         if not vectors:
             return None
         self._tally["bad image"] += images is not None and bool(images.bad[row])
         self._tally["bad text"] += texts is not None and bool(texts.bad[row])
         path, metadata = self._path(facts)
+        if unknown:
+            self._tally["no text"] += 1
+            metadata = {**metadata, TEXT_UNKNOWN: True}
         source = Source(self._source.root, name, path, None, captions, metadata)
         return Upsert(source, width=facts.width, height=facts.height, taken_at=facts.taken_at, id=name, **vectors)
 

@@ -68,11 +68,15 @@ class ClipPart:
         if len({side.count for side in sides}) > 1:
             counts = [f"{name} {side.count}" for name, side in
                       (("img_emb", images), ("text_emb", texts), ("metadata", table)) if side is not None]  # fmt: skip
-            raise InputError(where, expected="as many rows in each file of a number", got=", ".join(counts))
+            raise InputError(
+                where, expected="as many rows in each file of a number", got=", ".join(counts),
+                do="One of them was cut short, or is of another run: write that one anew.",
+            )  # fmt: skip
         matrices = [side for side in (images, texts) if side is not None]
         if len({side.dim for side in matrices}) > 1:
             dims = " and ".join(str(side.dim) for side in matrices)
-            raise InputError(where, expected="pictures and texts of one dimension", got=dims)
+            do = "Import one side with --modality, each into an index of its own."
+            raise InputError(where, expected="pictures and texts of one dimension", got=dims, do=do)
         self.label, self.dim, self.count = label, matrices[0].dim, matrices[0].count
         self.notes: tuple[str, ...] = ()
         self._images, self._texts, self._table = images, texts, table

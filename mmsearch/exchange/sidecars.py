@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from mmsearch.data.texts import parse_json
 from mmsearch.errors import InputError
@@ -32,12 +32,22 @@ def open_ids(path: str, *, id_column: str | None) -> Table:
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic == b"\x93NUMPY":
+        _refuse_column(path, id_column)
         return NpyIds(path)
     if magic[:4] == b"PAR1" or magic == b"ARROW1":
         from mmsearch.exchange.arrow_tables import open_table
 
         return open_table(path, id_column=id_column)
-    return JsonLines(path, id_column=id_column) if path.endswith((".jsonl", ".ndjson")) else Lines(path)
+    if path.endswith((".jsonl", ".ndjson")):
+        return JsonLines(path, id_column=id_column)
+    _refuse_column(path, id_column)
+    return Lines(path)
+
+
+def _refuse_column(path: str, id_column: str | None) -> None:
+    if id_column is not None:
+        got = f"--id-column {id_column!r} and a plain list of ids"
+        raise InputError(path, expected="a table or JSON lines", got=got, do="Leave --id-column out.")
 
 
 class NpyIds:
@@ -77,6 +87,14 @@ class JsonLines:
     def __init__(self, path: str, *, id_column: str | None) -> None:
         self._path, self._id_column, self.count = path, id_column, _count_lines(path)
         self._roles: dict[tuple[str, ...], Roles] = {}
+        if id_column is not None and self.count and not self._has(id_column):
+            do = "Name another key with --id-column."
+            raise InputError(path, expected=f"lines with the key {id_column!r}", got="none", do=do)
+
+    def _has(self, key: str) -> bool:
+        """Whether any line has that key; a line may lack it. Most often the first one decides."""
+        with open(self._path, "rb") as file:
+            return any(key in self._entry(line, number) for number, line in enumerate(_lines(file, self._path), 1))
 
     def facts(self, start: int, size: int) -> Iterator[list[Facts]]:
         """See `base.Table.facts`."""
@@ -87,7 +105,7 @@ class JsonLines:
                 yield [self._facts(line, first + i + 1) for i, line in enumerate(some)]
                 first += len(some)
 
-    def _facts(self, line: bytes, number: int) -> Facts:
+    def _entry(self, line: bytes, number: int) -> dict[str, Any]:
         where = f"{self._path}:{number}"
         try:
             entry = parse_json(line)
@@ -95,12 +113,16 @@ class JsonLines:
             raise InputError(where, expected="a JSON object", got=str(error)[:200]) from error
         if not isinstance(entry, dict):
             raise InputError(where, expected="a JSON object", got=type(entry).__name__)
+        return entry
+
+    def _facts(self, line: bytes, number: int) -> Facts:
+        entry = self._entry(line, number)
         keys = tuple(entry)
         if keys not in self._roles:
             if len(self._roles) > 1000:  # every line with keys of its own: nothing to be gained by keeping them
                 self._roles.clear()
             named = self._id_column if self._id_column in keys else None
-            self._roles[keys] = Roles(keys, id_column=named, where=where)
+            self._roles[keys] = Roles(keys, id_column=named, where=f"{self._path}:{number}")
         return self._roles[keys].facts(list(entry.values()))
 
 

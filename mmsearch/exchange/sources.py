@@ -61,10 +61,10 @@ def _whole(source: VectorSource) -> VectorSource:
     """The source without its empty parts; `InputError` when nothing is left, or dimensions differ."""
     parts = [part for part in source.parts if part.count]
     if not parts:
-        raise InputError(source.root, expected="at least one vector", got="none")
+        raise InputError(source.path, expected="at least one vector", got="none")
     odd = next((part for part in parts if part.dim != parts[0].dim), None)
     if odd is not None:
-        where = f"{source.root} ({odd.label})"
+        where = f"{source.path} ({odd.label})"
         raise InputError(where, expected=f"vectors of d = {parts[0].dim}, as those before", got=f"d = {odd.dim}")
     return replace(source, parts=parts)
 
@@ -115,6 +115,9 @@ def _of_files(files: Sequence[str], *, root: str, reading: Reading) -> VectorSou
 def _matrix_part(file: str, kind: str, *, label: str, reading: Reading, ids: str | None) -> Part:
     if reading.vector_column is not None:
         raise UsageError("--vector-column", expected="a Parquet or Arrow file", got=file)
+    if reading.id_column is not None and ids is None:
+        do = "Name a table or JSON lines with --ids, or leave --id-column out."
+        raise UsageError("--id-column", expected="ids for the vectors", got=f"{reading.id_column!r} for {file}", do=do)
     table = None if ids is None else _table(ids, reading)
     if kind == "npy":
         return MatrixPart(NpyMatrix(file), label=label, where=ids or file, table=table, modality=reading.modality)

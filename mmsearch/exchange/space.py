@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmsearch.errors import IndexMismatchError, UsageError
+from mmsearch.exchange.base import VectorSource
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.imports import imports_of, name_model
 from mmsearch.towers.locate import UNNAMED
@@ -81,16 +82,16 @@ def space_of(
     return unnamed_space(UNKNOWN if space is None else space, dim)
 
 
-def check_known(store: IndexStore, root: str, space: Space) -> None:
-    """`IndexMismatchError` when `root` was imported as another model's vectors, and nobody says whose they are now.
+def check_known(store: IndexStore, source: VectorSource, space: Space) -> None:
+    """`IndexMismatchError` when `source` was imported as another model's vectors, and nobody says whose they are now.
 
     An index can be given another model after an import (`mmsearch reindex`); the source knows nothing of that.
     """
     with store.snapshot() as snapshot:
-        record = imports_of(snapshot).get(root)
+        record = imports_of(snapshot).get(source.root)
     if record is not None and not space.said and record.space not in ("", space.model.weights):
         raise IndexMismatchError(
-            root,
+            source.path,
             expected=f"vectors of {space.model.name}, which the index has now",
             got="a source that was imported when it had another model",
             do="Say with --model whose vectors they are, or choose another --out.",

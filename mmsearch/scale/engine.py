@@ -91,6 +91,14 @@ class Answer:
     missing: tuple[str, ...] = ()
 
 
+class Items(dict[str, Item]):
+    """Items by id. `missing`: as in `Answer`; what they hold may be lacking here."""
+
+    def __init__(self, items: Mapping[str, Item] | None = None, *, missing: Sequence[str] = ()) -> None:
+        super().__init__(items or {})
+        self.missing = tuple(missing)
+
+
 class Engine(Protocol):
     """A collection in an engine. Thread-safe for searching; close it.
 
@@ -123,7 +131,7 @@ class Engine(Protocol):
         """The k best rows for each query, (q, d) unit rows; `where`: only of items that fulfil all of it."""
         ...
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+    def fetch(self, ids: Sequence[str]) -> Items:
         """Items by id; those that are not there are left out."""
         ...
 
@@ -136,7 +144,7 @@ class Engine(Protocol):
         ...
 
     def count(self, modality: Modality) -> int:
-        """How many rows there are."""
+        """How many rows there are; `StoreError` where a part of the collection does not say."""
         ...
 
     def mark(self) -> str:
@@ -236,6 +244,14 @@ def refuse_other_model(has: ModelIdentity, got: ModelIdentity, *, where: str) ->
             got=_shown(got),
             do="Use that model, or push to another collection.",
         )
+
+
+def refuse_other_kind(has: Mapping[str, Any], got: Mapping[str, Any], *, where: str) -> None:
+    """Raise `IndexMismatchError` unless rows of both stand for the same: picture and caption apart, or fused."""
+    kinds = [str(settings.get("item_vectors", "separate")) for settings in (has, got)]
+    if kinds[0] != kinds[1]:
+        do = "Keep the two kinds apart: another collection, or shards of one kind."
+        raise IndexMismatchError(where, expected=f"{kinds[0]} item vectors", got=kinds[1], do=do)
 
 
 def _shown(model: ModelIdentity) -> str:

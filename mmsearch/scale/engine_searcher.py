@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mmsearch.errors import UsageError
+from mmsearch.data.remote import may_be_shown
+from mmsearch.errors import StoreError, UsageError
 from mmsearch.opened import directories
 from mmsearch.rerank.rank_fusion import reciprocal_rank_fusion
 from mmsearch.rerank.request import Rerank, asked_for, no_probabilities
@@ -96,9 +97,15 @@ class EngineSearcher:
         raise _first_stage_only(self._engine.where)
 
     def info(self) -> dict[str, Any]:
-        """What is in the collection: JSON values."""
-        rows = {f"{modality.value}_rows": self._engine.count(modality) for modality in Modality}
+        """What is in the collection: JSON values. Rows are null where a part of the collection does not say."""
+        rows = {f"{modality.value}_rows": self._count(modality) for modality in Modality}
         return {"path": self._engine.where, **rows, "model": asdict(self.model), "engine": self._engine.info()}
+
+    def _count(self, modality: Modality) -> int | None:
+        try:
+            return self._engine.count(modality)
+        except StoreError:
+            return None  # which part that is, or that nothing answers, `Engine.info` says
 
     def search_text(
         self,
@@ -181,7 +188,9 @@ class EngineSearcher:
         while True:
             answer = self._engine.search(row, width, modality=modality, where=where)
             missing |= dict.fromkeys(answer.missing)
-            hits = _hits(answer, self._engine.fetch(list(dict.fromkeys(answer.ids[0]))), modality, threshold)
+            items = self._engine.fetch(list(dict.fromkeys(answer.ids[0])))
+            missing |= dict.fromkeys(items.missing)
+            hits = _hits(answer, items, modality, threshold)
             there = [hit for hit in hits if not self._engine.files_are_here or _is_there(hit.item)]
             if len(there) >= k or len(hits) < width:
                 return [replace(hit, rank=rank) for rank, hit in enumerate(there[:k], 1)], _hidden(hits, there, k)
@@ -206,7 +215,7 @@ def _hidden(hits: Sequence[Hit], there: Sequence[Hit], k: int) -> int:
 
 
 def _is_there(item: Item) -> bool:
-    return item.path is None or os.path.lexists(item.path)
+    return item.path is None or may_be_shown(item.path)
 
 
 def _merged(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:

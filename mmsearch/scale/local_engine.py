@@ -4,7 +4,7 @@ Decisions:
 - Searching is that of `index.derived`, whatever kind the index has; a filter becomes the rows that may be returned.
 - Scores are summed again row by row, and equal ones ordered by id: so they do not depend on how many rows lie beside.
 - A generation that somebody else makes is noticed by the manifest's time, and looked at from the next search on.
-- The index is opened for writing by the first change, and held until `finish` or `close`: one writer, as everywhere.
+- The index is opened for writing by the first change, and held until `release` or `close`: one writer, as everywhere.
 - Items that were pushed lie under a root of their own. `mmsearch index` leaves those alone, as no folder has that name.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 from urllib.parse import unquote_to_bytes
 
@@ -22,14 +22,14 @@ from mmsearch.errors import UsageError
 from mmsearch.index.base import NeighbourIndex, check_k
 from mmsearch.index.derived import neighbours
 from mmsearch.scale.address import Address
-from mmsearch.scale.engine import Answer, Collection, Entry, answer_of, best, check_entries, refuse_other_model
+from mmsearch.scale.engine import Answer, Collection, Entry, Items, answer_of, best, check_entries, refuse_other_model
 from mmsearch.similarity import check_embeddings
 from mmsearch.store import listing
 from mmsearch.store.base import Batch, Upsert
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.manifest import MANIFEST_NAME
 from mmsearch.store.snapshot import DirectorySnapshot
-from mmsearch.types import Embeddings, Item, Modality, Rows, Source
+from mmsearch.types import Embeddings, Modality, Rows, Source
 from mmsearch.where import Where
 
 PUSHED = "pushed"
@@ -157,11 +157,17 @@ class LocalEngine:
             self._indexes[modality] = neighbours(self._snapshot, modality)
         return self._indexes[modality]
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+    def fetch(self, ids: Sequence[str]) -> Items:
         """See `engine.Engine.fetch`."""
         with self._lock:
             self._look_again()
-            return {name: one.item for name, one in listing.by_ids(self._snapshot, ids).items()}
+            return Items({name: one.item for name, one in listing.by_ids(self._snapshot, ids).items()})
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Which of these items are there."""
+        with self._lock:
+            self._look_again()
+            return sorted(listing.known_ids(self._snapshot, ids))
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
         """See `engine.Engine.digests`. Made from the rows, so that they are right whoever wrote them."""
@@ -190,20 +196,28 @@ class LocalEngine:
 
     def mark(self) -> str:
         """See `engine.Engine.mark`."""
-        return str(self._store.settings.get(PUSHED, ""))
+        with self._lock:
+            stored = self._store.settings if self._writing else IndexStore.stored_settings(self.where)
+            return str(stored.get(PUSHED, ""))
 
     def set_mark(self, mark: str) -> None:
         """See `engine.Engine.set_mark`."""
         with self._lock:
-            settings: Mapping[str, Any] = {**self._store.settings, PUSHED: mark}
-            self._write().note_settings(settings)
+            store = self._write()  # before the settings are read: others may have written until then
+            store.note_settings({**store.settings, PUSHED: mark})
 
     def finish(self) -> list[str]:
         """See `engine.Engine.finish`. Derived files are completed by searching the rows that they lack."""
         with self._lock:
-            if self._writing:
-                self._store.finish()
+            self._write().finish()
         return []
+
+    def release(self) -> None:
+        """Give the lock back between changes. What was changed stays; derived files wait for `finish`."""
+        with self._lock:
+            if self._writing:
+                self._store.close()
+                self._writing = False
 
     def info(self) -> dict[str, Any]:
         """See `engine.Engine.info`."""

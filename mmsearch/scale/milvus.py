@@ -7,7 +7,8 @@ Decisions:
 - One client for both: what the tests do with milvus-lite, a cluster is asked in the same words.
 - Milvus has no transactions. The first row of an item, its head, says how many rows the item has; all rows have its
   digest, and an item counts as there only when they agree. The head is written last and removed last, so that what was
-  killed in between is known to be unfinished, and all of its rows can still be found.
+  killed in between is known to be unfinished, and all of its rows can still be found. Where there is no head yet, or
+  one that knows of fewer rows, a head without a digest is written first.
 - Items are looked up by primary key alone, which needs no scan however large the collection is.
 - Reads are strongly consistent: what was upserted is found.
 """
@@ -27,6 +28,7 @@ from mmsearch.scale.engine import (
     Answer,
     Collection,
     Entry,
+    Items,
     answer_of,
     best,
     check_entries,
@@ -35,7 +37,7 @@ from mmsearch.scale.engine import (
 )
 from mmsearch.scale.milvus_expr import META, expression, key, meta_row, table_rows
 from mmsearch.similarity import check_embeddings
-from mmsearch.types import Embeddings, Item, Modality
+from mmsearch.types import Embeddings, Modality
 from mmsearch.where import Where, storable
 
 T = TypeVar("T")
@@ -162,10 +164,16 @@ class MilvusEngine:
         return {row["id"]: row for row in self._get(keys, "id", *fields)}
 
     def upsert(self, entries: Sequence[Entry]) -> None:
-        """See `engine.Engine.upsert`. Other rows first, then what an item has no more goes, then the heads."""
+        """See `engine.Engine.upsert`. Other rows first, then what an item has no more goes, then the heads.
+
+        Before all of them, heads that say how many rows are to come: what is killed later can be found, and removed.
+        """
         check_entries(entries, dim=self.collection.model.dim, where=self.where)
         had = self._heads([entry.item.id for entry in entries], "of")
         rows = [table_rows(entry) for entry in entries]
+        known = {name: int(head["of"]) for name, head in had.items()}
+        more = [some for some in rows if len(some) > max(1, known.get(some[0]["id"], 0))]
+        self._write([{**some[0], "digest": ""} for some in more])
         self._write([row for some in rows for row in some[1:]])
         self._remove([k for some in rows if some for k in _keys(had.get(some[0]["id"]), start=len(some))])
         self._write([some[0] for some in rows if some])
@@ -197,10 +205,10 @@ class MilvusEngine:
         lists = [[(h["distance"], h["entity"]["id"], int(h["entity"]["part"])) for h in hits] for hits in found]
         return answer_of([best(one, k) for one in lists], k)
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+    def fetch(self, ids: Sequence[str]) -> Items:
         """See `engine.Engine.fetch`."""
         heads = self._heads(ids, "item")
-        return {name: item_from(row["item"], where=self.where) for name, row in heads.items()}
+        return Items({name: item_from(row["item"], where=self.where) for name, row in heads.items()})
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
         """See `engine.Engine.digests`. An item whose rows are not all there, or not of one upsert, is left out."""

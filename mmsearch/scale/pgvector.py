@@ -32,6 +32,7 @@ from mmsearch.scale.engine import (
     Answer,
     Collection,
     Entry,
+    Items,
     answer_of,
     best,
     check_entries,
@@ -40,7 +41,7 @@ from mmsearch.scale.engine import (
 )
 from mmsearch.scale.pgvector_sql import Tables, Vector, conditions, table_rows, vector_dumper
 from mmsearch.similarity import check_embeddings
-from mmsearch.types import Embeddings, Item, Modality
+from mmsearch.types import Embeddings, Modality
 from mmsearch.where import Where, storable
 
 T = TypeVar("T")
@@ -241,9 +242,9 @@ class PgvectorEngine:
         )
         return int(_value(db, query, [*bound, self.few + 1])) <= self.few
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+    def fetch(self, ids: Sequence[str]) -> Items:
         """See `engine.Engine.fetch`."""
-        return {name: item_from(text, where=self.where) for name, text in self._of(ids, "item")}
+        return Items({name: item_from(text, where=self.where) for name, text in self._of(ids, "item")})
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
         """See `engine.Engine.digests`."""

@@ -52,7 +52,7 @@ def target_of(address: Address) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.0 < value <= 1.0:
+    if not 0.5 <= value <= 1.0:
         raise UsageError(address.shown, expected="overlap=0.5 to 1", got=repr(text)[:40])
     return value
 

@@ -9,6 +9,7 @@ Decisions:
   is what one index of all rows answers.
 - A shard that is dead, refuses or is late is named in the answer. Only when none answers, or when that was asked for,
   it is an error. The next search asks it again.
+- Of an id that two shards have, the first-named shard answers, as where directories are searched together.
 - Changes need all shards. An item goes to the shard that has it, a new one where the hash of its id says.
 """
 
@@ -19,32 +20,36 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import xxhash
 
 import mmsearch.errors
 from mmsearch.errors import IndexNotFoundError, MmsearchError, StoreError, UsageError
-from mmsearch.index.base import check_k
+from mmsearch.index.base import MOST_ANSWERS, check_k
 from mmsearch.opened import directories
 from mmsearch.scale.address import Address
 from mmsearch.scale.engine import (
     Answer,
     Collection,
     Entry,
+    Items,
     answer_of,
     best,
     check_entries,
     item_from,
+    refuse_other_kind,
     refuse_other_model,
 )
+from mmsearch.scale.marks import common_mark
 from mmsearch.scale.ray_session import RaySession, connect
 from mmsearch.scale.ray_shard import Registry, Shard, sent
 from mmsearch.similarity import check_embeddings
-from mmsearch.types import Embeddings, Item, Modality
+from mmsearch.types import Embeddings, Modality
 from mmsearch.where import Where
 
+T = TypeVar("T")
 NAMESPACE = "mmsearch"
 DEADLINE_MS = 10_000
 _CHANGE_S = 600.0
@@ -85,21 +90,37 @@ class RayEngine:
         """See `engine.Engine.search`. `missing` of the answer: the shards that did not answer, and why."""
         queries = check_embeddings(queries, dim=self.collection.model.dim, where="query")
         check_k(k, len(queries))
-        found, missing = self._ask("search", queries, k, modality.value, where)
-        lists: list[list[tuple[float, str, int]]] = [[] for _ in queries]
-        for answer in found.values():
-            for one, scores, ids, parts in zip(lists, answer.scores, answer.ids, answer.parts, strict=True):
-                one += zip(map(float, scores), ids, parts, strict=False)
-        return answer_of([best(one, k) for one in lists], k, missing=missing)
+        most = MOST_ANSWERS // max(len(queries), 1)
+        width, missing = k, dict[str, None]()
+        while True:
+            found, silent = self._ask("search", queries, width, modality.value, where)
+            hidden, unsure = self._hidden({n: {i for ids in answer.ids for i in ids} for n, answer in found.items()})
+            missing |= dict.fromkeys([*silent, *unsure])
+            lists, enough = _joined_answers(found, hidden, k, width=width)
+            if enough or width >= most:
+                return answer_of([best(one, k) for one in lists], k, missing=list(missing))
+            width = min(2 * width, most)
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, Item]:
+    def _hidden(self, found: dict[int, set[str]]) -> tuple[dict[int, set[str]], list[str]]:
+        """Of the ids that each shard found, those that an earlier one has; and which do not say what they hold."""
+        asked = {n: sorted(set[str]().union(*(ids for m, ids in found.items() if m > n))) for n in found}
+        has, problems = self._gather({n: (ids,) for n, ids in asked.items() if ids}, "known", self._deadline)
+        missing = self._missing(problems)
+        if missing and not self._partial:
+            raise self._incomplete(missing)
+        return {n: set[str]().union(*(ids for m, ids in has.items() if m < n)) for n in found}, missing
+
+    def fetch(self, ids: Sequence[str]) -> Items:
         """See `engine.Engine.fetch`."""
-        found, _ = self._ask("fetch", list(ids))
-        return {n: item_from(text, where=self.where) for some in found.values() for n, text in some.items()}
+        found, missing = self._ask("fetch", list(ids))
+        texts = _first_named(found)
+        return Items({name: item_from(text, where=self.where) for name, text in texts.items()}, missing=missing)
 
     def count(self, modality: Modality) -> int:
-        """See `engine.Engine.count`."""
-        found, _ = self._ask("count", modality.value)
+        """See `engine.Engine.count`. An id that two shards have counts twice."""
+        found, missing = self._ask("count", modality.value)
+        if missing:
+            raise self._incomplete(missing)
         return sum(found.values())
 
     def _ask(self, method: str, *values: Any) -> tuple[dict[int, Any], list[str]]:  # noqa: ANN401 - as shards have them
@@ -108,15 +129,22 @@ class RayEngine:
         refused = [error for error in problems.values() if isinstance(error, UsageError)]
         if refused:
             raise refused[0]  # the question is wrong, not the shard
-        missing = [f"{self._shards[n][0]}: {error}" for n, error in sorted(problems.items())]
+        missing = self._missing(problems)
         if missing and (not found or not self._partial):
-            raise StoreError(
-                self.where,
-                expected=f"{len(self._shards)} shards to answer",
-                got="; ".join(missing)[:400],
-                do="Ray restarts a shard that died; ask again, or start them anew: mmsearch serve-shards.",
-            )
+            raise self._incomplete(missing)
         return found, missing
+
+    def _missing(self, problems: dict[int, Exception]) -> list[str]:
+        """Which shards did not answer, and why."""
+        return [f"{self._shards[number][0]}: {error}" for number, error in sorted(problems.items())]
+
+    def _incomplete(self, missing: Sequence[str]) -> StoreError:
+        return StoreError(
+            self.where,
+            expected=f"{len(self._shards)} shards to answer",
+            got="; ".join(missing)[:400],
+            do="Ray restarts a shard that died; ask again, or start them anew: mmsearch serve-shards.",
+        )
 
     def _gather(
         self, asked: dict[int, tuple[Any, ...]], method: str, seconds: float
@@ -158,15 +186,17 @@ class RayEngine:
         return dict.fromkeys(range(len(self._shards)), values)
 
     def upsert(self, entries: Sequence[Entry]) -> None:
-        """See `engine.Engine.upsert`."""
+        """See `engine.Engine.upsert`. Copies in later shards go: they would come to light with the first one's end."""
         check_entries(entries, dim=self.collection.model.dim, where=self.where)
-        have = self._all(self._every([entry.item.id for entry in entries]), "digests")
-        home = {name: number for number, digests in have.items() for name in digests}
+        have = self._all(self._every([entry.item.id for entry in entries]), "known")
+        home = _first_named({number: dict.fromkeys(ids, number) for number, ids in have.items()})
+        copies = {number: [name for name in ids if home[name] != number] for number, ids in have.items()}
         asked: dict[int, list[Any]] = {}
         for entry in entries:
             by_hash = xxhash.xxh3_64_intdigest(entry.item.id.encode("utf-8", "surrogatepass")) % len(self._shards)
             asked.setdefault(home.get(entry.item.id, by_hash), []).append(sent(entry))
         self._all({number: (some,) for number, some in asked.items()}, "upsert")
+        self._all({number: (names,) for number, names in copies.items() if names}, "delete")
 
     def delete(self, ids: Sequence[str]) -> None:
         """See `engine.Engine.delete`."""
@@ -174,8 +204,7 @@ class RayEngine:
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
         """See `engine.Engine.digests`."""
-        found = self._all(self._every(list(ids)), "digests")
-        return {name: digest for some in found.values() for name, digest in some.items()}
+        return _first_named(self._all(self._every(list(ids)), "digests"))
 
     def ids(self) -> Iterator[list[str]]:
         """See `engine.Engine.ids`."""
@@ -187,8 +216,7 @@ class RayEngine:
 
     def mark(self) -> str:
         """See `engine.Engine.mark`. Shards that differ were left by a push that was killed."""
-        marks = set(self._all(self._every(), "mark").values())
-        return marks.pop() if len(marks) == 1 else ""
+        return common_mark([mark for _, mark in sorted(self._all(self._every(), "mark").items())])
 
     def set_mark(self, mark: str) -> None:
         """See `engine.Engine.set_mark`."""
@@ -212,6 +240,26 @@ class RayEngine:
     def close(self) -> None:
         """See `engine.Engine.close`. The shards go on."""
         self._session.close()
+
+
+def _joined_answers(
+    found: dict[int, Answer], hidden: dict[int, set[str]], k: int, *, width: int
+) -> tuple[list[list[tuple[float, str, int]]], bool]:
+    """For each query the hits of all shards without hidden ids; and whether they hold the k best of all rows."""
+    lists: list[list[tuple[float, str, int]]] = [[] for _ in next(iter(found.values())).ids]
+    enough = True
+    for number, answer in found.items():
+        for one, scores, ids, parts in zip(lists, answer.scores, answer.ids, answer.parts, strict=True):
+            hits = zip(map(float, scores), ids, parts, strict=False)
+            kept = [hit for hit in hits if hit[1] not in hidden[number]]
+            enough = enough and (len(kept) >= k or len(ids) < width)
+            one += kept
+    return lists, enough
+
+
+def _first_named(found: dict[int, dict[str, T]]) -> dict[str, T]:
+    """What shards say of ids, as one; of an id that two have, the first-named shard's word counts."""
+    return {name: value for number in sorted(found, reverse=True) for name, value in found[number].items()}
 
 
 def serve(indexes: Sequence[str], name: str, *, address: str | None = "auto") -> dict[str, Any]:
@@ -249,14 +297,17 @@ def _checked(name: str) -> str:
 def _joined(ray: Any, actors: Sequence[Any]) -> str:  # noqa: ANN401 - the module ray, actor handles
     """Ask every shard whose vectors it has; the first decides, others are refused."""
     deadline, model, about = time.monotonic() + _START_S, "", ""
+    first: Collection | None = None
     for actor in actors:
         try:
             reply = ray.get(actor.ask.remote(model, "about"), timeout=max(1.0, deadline - time.monotonic()))
         except ray.exceptions.RayError as error:
             raise _gone(error) from error
-        about = about or _value(reply)
-        model = json.dumps(json.loads(about)["model"])
-        _value(reply)
+        said = _value(reply)
+        got = Collection.from_json(said, where="shards")
+        if first is None:
+            about, first, model = said, got, json.dumps(asdict(got.model))
+        refuse_other_kind(first.settings, got.settings, where="shards to serve together")
     return about
 
 

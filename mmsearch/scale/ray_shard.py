@@ -5,6 +5,7 @@ Decisions:
   an answer instead of dying of it.
 - Errors and items travel as plain values: exceptions of ours do not survive Ray's serialisation.
 - Each question names the model that it is about. A shard that was rebuilt for another one refuses it.
+- The lock of a writer is given back after each change: whoever sent it may be killed, and the actor lives on.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Shard:
             return True, getattr(self, f"do_{method}")(engine, *values)
         except MmsearchError as error:
             return False, [type(error).__name__, error.where, error.expected, error.got, error.do]
+        finally:
+            if self._engine is not None:
+                self._engine.release()
 
     def _open(self) -> LocalEngine:
         if self._engine is None:
@@ -59,6 +63,10 @@ class Shard:
     def do_fetch(self, engine: LocalEngine, ids: Sequence[str]) -> dict[str, str]:
         """Items as JSON, by id."""
         return {name: item_json(item) for name, item in engine.fetch(ids).items()}
+
+    def do_known(self, engine: LocalEngine, ids: Sequence[str]) -> list[str]:
+        """Which of these items are there."""
+        return engine.known(ids)
 
     def do_digests(self, engine: LocalEngine, ids: Sequence[str]) -> dict[str, str]:
         """As `Engine.digests`."""

@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError
-from mmsearch.store.base import ItemState
+from mmsearch.store.base import Batch, ItemState
 from mmsearch.store.check import ItemsFile
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.disk import REENCODE, os_guard, sqlite_guard
+from mmsearch.store.imports import Imported, imports_fact, imports_of
 from mmsearch.store.manifest import read_manifest
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.store.sqlite import write_meta
@@ -261,6 +262,22 @@ def copy_tokens(target: str, origins: Sequence[Origin], *, identity: str, told: 
             tokens.put(found.items())
             told(len(some))
         return tokens.count
+
+
+def keep_spaces(target: IndexStore, origins: Sequence[Origin]) -> None:
+    """Let a target remember whose vectors each imported source was said to hold; how far it was read is not copied.
+
+    Where origins differ, what is not of the model that they have now is kept: that is what an import must know.
+    """
+    kept: dict[str, Imported] = {}
+    for origin in origins:
+        for root, entry in imports_of(origin.snapshot).items():
+            if root not in kept or kept[root].space == origin.model.weights:
+                kept[root] = Imported("", space=entry.space)
+    with target.snapshot() as snapshot:
+        known = imports_of(snapshot)
+    if known != kept:
+        target.commit(Batch(facts=imports_fact(kept)))
 
 
 def _parts(several: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -22,6 +22,10 @@ from mmsearch.store.sqlite import encode_json
 from mmsearch.types import ModelIdentity, Preprocessing
 
 IMPORTS = "imports"
+IMPORTED = "import:"
+"""Before the path of a source in the root of its items: `mmsearch index` of the same path has items of its own."""
+TEXT_UNKNOWN = "text_unknown"
+"""True in the metadata of an item whose texts nobody kept: its id stands for them, and nothing may encode that."""
 
 
 @dataclass(frozen=True, slots=True)

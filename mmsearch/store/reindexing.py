@@ -119,7 +119,10 @@ class Reindexing:
         (or other item vectors) has begun, `IndexDamagedError` when what was begun cannot be used.
         """
         if store.model.same_space(model):
-            raise UsageError(store.path, expected="another model than the index has", got=model.name)
+            raise UsageError(
+                store.path, expected="another model than the index has", got=model.name,
+                do="Name the new one with --model.",
+            )  # fmt: skip
         folder, disk = nested.folder_of(store.path), store._writing().disk
         if not nested.is_there(store.path):
             fresh = IndexStore.create(folder, model=model, preprocessing=preprocessing, settings=settings, disk=disk)
@@ -193,7 +196,10 @@ class Reindexing:
         """
         lacking = self.left()
         if lacking > drop:
-            raise UsageError(self.store.path, expected=f"at most {drop} items not encoded", got=str(lacking))
+            raise UsageError(
+                self.store.path, expected=f"at most {drop} items not encoded", got=str(lacking),
+                do="Run the same command again: something changed meanwhile.",
+            )  # fmt: skip
         self._remove_outdated()
         self.fresh.compact()
         facts = self.fresh._facts()

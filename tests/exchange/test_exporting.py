@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -10,7 +11,7 @@ from exchange_kit import DIM, bits, everything, held, item, make_index, unit, va
 from pyarrow import ipc, parquet
 
 from mmsearch.errors import IndexDamagedError, InputError, UsageError
-from mmsearch.exchange import export_vectors, import_vectors
+from mmsearch.exchange import export_vectors, exporting, import_vectors
 from mmsearch.progress import SilentProgress
 from mmsearch.store import Batch, IndexStore, Skip
 from mmsearch.types import Skipped, SkipReason, Source
@@ -205,3 +206,14 @@ def test_what_cannot_be_meant_is_refused(tmp_path, index):
     made = make_index(tmp_path / "i", [item("a", 1)])
     with pytest.raises(InputError, match=r"vectors \(text\), got none"):
         export_vectors(made, tmp_path / "out", format="npy", modality="text")
+
+
+def test_an_export_is_known_as_one_until_it_has_its_name(tmp_path):
+    """Stopped while its files are made durable, it is still what the next export may take over."""
+    left = Path(exporting._begin(str(tmp_path / "out")))
+    (left / "lost.npy").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        exporting._finish(str(left), str(tmp_path / "out"))
+    (Path(exporting._begin(str(tmp_path / "out"))) / "whole.npy").write_bytes(b"12345")
+    assert exporting._finish(str(left), str(tmp_path / "out")) == (1, 5)
+    assert os.listdir(tmp_path) == ["out"] and files_of(tmp_path / "out") == ["whole.npy"]

@@ -8,6 +8,7 @@ import pytest
 from exchange_kit import DIM, bits, held, npy, pictures, progress_of, skipped, unit
 from pyarrow import parquet
 
+from mmsearch.derive import tune_index
 from mmsearch.errors import InputError, PartialError, UsageError
 from mmsearch.exchange import import_vectors
 from mmsearch.exchange.matrices import NpyMatrix
@@ -249,3 +250,29 @@ def test_vectors_of_another_dimension_are_refused(tmp_path):
     import_vectors(npy(tmp_path / "x.npy", unit(2)), tmp_path / "i")
     with pytest.raises(Exception, match=f"d = {DIM}.*got d = 5"):
         import_vectors(npy(tmp_path / "y.npy", unit(2, d=5)), tmp_path / "i")
+
+
+@pytest.mark.parametrize("kind", ["lines", "texts", "jsonl", "parquet", None])
+def test_a_column_of_ids_that_is_not_there_is_an_error(tmp_path, kind):
+    """Whatever holds the ids: a slip of the pen must not number a million rows."""
+    ids = None if kind is None else write_ids(kind, tmp_path / "ids.txt", ["a", "b"])
+    with pytest.raises((InputError, UsageError), match="naem"):
+        import_vectors(npy(tmp_path / "x.npy", unit(2)), tmp_path / "i", ids=ids, id_column="naem")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_line_may_lack_the_id_that_others_have(tmp_path):
+    """It is known by its number, as a row of a table without an id is."""
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"n": 1}\n{"key": "b"}\n')
+    import_vectors(npy(tmp_path / "x.npy", unit(2)), tmp_path / "i", ids=ids, id_column="key")
+    assert set(held(tmp_path / "i")) == {"0", "b"}
+
+
+def test_a_second_run_takes_no_lock_where_rows_are_scanned_either(tmp_path):
+    """An index of kind "exact" has no file to be up to date."""
+    source = npy(tmp_path / "x.npy", unit(20))
+    import_vectors(source, tmp_path / "i")
+    tune_index(tmp_path / "i", kind="exact")
+    with IndexStore.open(str(tmp_path / "i"), write=True):
+        assert import_vectors(source, tmp_path / "i").unchanged == 20

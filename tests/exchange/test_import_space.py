@@ -1,14 +1,17 @@
 """Whose vectors they are: what an index records, and what can then be asked of it."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from exchange_kit import npy, pictures, unit
 from PIL import Image
+from pyarrow import parquet
 
 from mmsearch.builder import build
 from mmsearch.encoder import Encoder
 from mmsearch.errors import IndexMismatchError, ModelError, UsageError
 from mmsearch.exchange import import_vectors
+from mmsearch.reshard import merge, split
 from mmsearch.searcher import Searcher
 from mmsearch.store import Batch, IndexStore
 from mmsearch.store.creation import first_facts
@@ -119,3 +122,33 @@ def test_an_index_that_was_given_another_model_takes_no_vectors_of_the_old_one(t
     with pytest.raises(IndexMismatchError, match="imported when it had another model"):
         import_vectors(colours, tmp_path / "i")
     assert import_vectors(colours, tmp_path / "i", encoder=other).changed == 8
+
+
+def test_one_table_can_be_imported_and_indexed_into_one_index(tmp_path):
+    """Its vectors and its pictures are different items: neither run takes the other's for gone, or for its own."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    vectors = pa.array(ColorEncoder().encode_texts(["blue"]).tolist())
+    parquet.write_table(pa.table({"image_path": ["red.png"], "vector": vectors}), tmp_path / "t.parquet")
+    for _ in range(2):
+        import_vectors(tmp_path / "t.parquet", tmp_path / "i", encoder=ColorEncoder())
+        report = build([tmp_path / "t.parquet"], tmp_path / "i", encoder=ColorEncoder(), workers=1)
+        assert report.removed == 0 and len(pictures(tmp_path / "i")) == 2
+    with Searcher.open(tmp_path / "i", encoder=ColorEncoder()) as searcher:
+        assert [hit.score > 0.9 for hit in (searcher.search_text(c, k=1)[0] for c in ("red", "blue"))] == [True, True]
+
+
+@pytest.mark.parametrize("copied", ["merge", "split"])
+def test_whose_vectors_a_source_holds_is_known_after_a_copy_too(tmp_path, colours, copied):
+    """An index that was given another model and then merged or split takes no vectors of the old one."""
+    import_vectors(colours, tmp_path / "i", encoder=ColorEncoder())
+    with IndexStore.open(str(tmp_path / "i"), write=True) as store:
+        other = ColorEncoder(name="other")
+        facts = first_facts(other.identity, other.preprocessing, {"model": "other"})
+        store.commit(Batch(facts={name: facts[name] for name in ("model", "preprocessing", "settings")}))
+        store.finish()
+    out = tmp_path / "out"
+    made = merge([tmp_path / "i"], out, encoder=other) if copied == "merge" else split(tmp_path / "i", out, shards=2)
+    np.save(colours, np.load(colours)[::-1])
+    for index in made.indexes:
+        with pytest.raises(IndexMismatchError, match="another model"):
+            import_vectors(colours, index)

@@ -51,7 +51,8 @@ def test_a_collection_is_a_plain_identifier(name):
     "uri",
     ["photos", "://x", "foo://x", "postgresql://h:99999/db", "milvus://h?what=1", "milvus://h?ef=0", "milvus://h?tls=maybe",
      "milvus-lite://host/x.db", "milvus-lite:///x/y.txt", "ray://", "ray://x?missing=maybe", "ray://x?deadline_ms=-1",
-     "file://host/x", "file:///x?a=1", "postgresql://h/d?index=ivf", "postgresql://h/d?overlap=2", "milvus://h?a"],
+     "file://host/x", "file:///x?a=1", "postgresql://h/d?index=ivf", "postgresql://h/d?overlap=2",
+     "postgresql://h/d?overlap=0.4", "milvus://h?a"],
 )  # fmt: skip
 def test_an_address_that_means_nothing_is_a_usage_error(uri):
     """Before anything is connected."""

@@ -164,6 +164,23 @@ def test_a_directory_is_filtered_by_its_plain_name(photos, capsys):
     assert "merge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--partial", "--reranker=m"])
+def test_options_that_a_filtered_search_would_not_heed_are_refused(photos, option, capsys):
+    """In one line, and for an address too; nothing is dropped in silence."""
+    for asked in (("--index", photos / "index", "--where", "kind=odd"), ("--index", f"file://{photos}/index")):
+        assert run("query", "red", *asked, option) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_another_model_under_a_filter_is_refused_with_what_to_do(photos, capsys):
+    """Filters do not go over a bridge; the index's own model may be named."""
+    asked = ("query", "red", "--index", photos / "index", "--where", "kind=odd", "--model", "m")
+    assert run(*asked, encoder=ColorEncoder(name="another")) == 2
+    error = capsys.readouterr().err
+    assert "--model" in error and "bridge" in error and "push" not in error
+    assert run(*asked) == 0
+
+
 def test_shards_need_something_to_serve(capsys):
     """Neither directories nor --stop, or both, is a usage error before Ray is started."""
     assert run("serve-shards") == 2

@@ -1,8 +1,10 @@
 """What Milvus needs beyond the contract: no transactions, limits of its own, an approximate index."""
 
+import contextlib
+
 import numpy as np
 import pytest
-from engine_kit import COLLECTION, entries, entry, expected, make_index, unit
+from engine_kit import COLLECTION, change_index, entries, entry, expected, make_index, unit
 
 from mmsearch.errors import StoreError, UsageError
 from mmsearch.scale.engine import open_engine
@@ -72,6 +74,47 @@ def test_no_row_is_lost_sight_of_wherever_an_upsert_was_killed(uri, written):
     assert (engine.count(Modality.IMAGE), engine.count(Modality.TEXT)) == (1, 1)
     engine.delete(["a"])
     assert (engine.count(Modality.IMAGE), engine.count(Modality.TEXT)) == (0, 0)
+    engine.close()
+
+
+@pytest.mark.parametrize("had", [(), ("1",)])
+@pytest.mark.parametrize("written", range(4))
+def test_rows_of_an_upsert_that_was_killed_go_with_their_item(uri, had, written):
+    """More captions than before, or an item that is new, killed after each request: deleting it leaves nothing."""
+    engine = open_engine(uri, create=COLLECTION)
+    if had:
+        engine.upsert([entry("a", 1, captions=had)])
+    client, left = engine._client, iter(range(written))
+
+    class Dying:
+        """The client, until its last request."""
+
+        def __getattr__(self, name):
+            if name in ("upsert", "delete") and next(left, None) is None:
+                raise Killed
+            return getattr(client, name)
+
+    engine._client = Dying()
+    with contextlib.suppress(Killed):
+        engine.upsert([entry("a", 2, captions=("1", "2", "3"))])
+    engine._client = client
+    known = [one for page in engine.ids() for one in page]
+    assert known == (["a"] if had or written else [])
+    assert (engine.digests(["a"]) == {"a": entry("a", 2, captions=("1", "2", "3")).digest()}) == (written > 2)
+    engine.delete(known)
+    assert (engine.count(Modality.IMAGE), engine.count(Modality.TEXT)) == (0, 0)
+    engine.close()
+
+
+def test_an_item_that_fits_no_more_is_not_left_as_it_was(uri, tmp_path):
+    """It is skipped, and its old state is not found any more."""
+    index = make_index(tmp_path / "i", entries(3))
+    push(index, uri)
+    change_index(index, [entry("e001", 1, captions=("word " * 20_000,))])
+    report = push(index, uri)
+    assert (len(report.skipped), report.removed, report.unchanged) == (1, 1, 2)
+    engine = open_engine(uri)
+    assert sorted(one for page in engine.ids() for one in page) == ["e000", "e002"]
     engine.close()
 
 
