@@ -27,6 +27,17 @@ PREPROCESSING = Preprocessing(size=16)
 MODEL = ModelIdentity("tiny", weights="w1", preprocessing=PREPROCESSING.digest(), dim=D)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine FAISS's barriers cost more than a second thread brings."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
 class Texts:
     """An encoder as far as tuning needs one: a text's row depends on its length only."""
 

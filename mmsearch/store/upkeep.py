@@ -121,9 +121,12 @@ def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
     work = os.path.join(writer.folder, DERIVED_FOLDER, WORK_FOLDER)
     with DirectorySnapshot(writer.folder, lenient=True) as snapshot:
         recorded = {modality: snapshot.derived(modality) for modality in Modality}
+        fresh = False
         current |= {modality.value: one for modality, one in recorded.items() if one is not None}
         for modality in Modality:
             rows = ModalityRows(snapshot, modality, work=os.path.join(work, modality.value))
+            if fresh and rows.count:
+                writer.finish(current)  # hours of work are not to be lost by what comes after them
             there = current.pop(modality.value, None)
             path = None if there is None else snapshot.intact(there)
             made = derived_writer.make(rows, there=there, path=path) if rows.count else None
@@ -134,8 +137,7 @@ def update_derived(writer: Writer, derived_writer: DerivedWriter) -> None:
                     pass
             if made is not None:
                 current[modality.value] = made
-                if made != there:
-                    writer.finish(current)  # hours of work are not to be lost by what comes after them
+                fresh = fresh or made != there
     writer.finish(current)
     shutil.rmtree(work, ignore_errors=True)  # what is left of it would only be started from in vain
 
