@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mmsearch.bridge import LEAST, Bridge
 from mmsearch.bridge_cost import Pairs, cost_lines, fitted
-from mmsearch.data.images import DEFAULT_LIMITS, Limits
+from mmsearch.data.images import kept_limits
 from mmsearch.errors import UsageError
 from mmsearch.evaluate.metrics import Ints
 from mmsearch.opened import refuse_shards
@@ -102,7 +102,7 @@ def build_bridge(
             )  # fmt: skip
         random = np.random.default_rng(seed)
         drawn = _drawn(snapshot, random, sample)
-        limits = _limits(store.settings)
+        limits = kept_limits(store.settings)
         with closing(LocalPictures(encoder, batch_size=batch_size, workers=workers, limits=limits)) as encodes:
             pictures = _pictures(snapshot, drawn, encodes, told)
         texts = _captions(snapshot, pictures.groups, encoder)
@@ -198,10 +198,3 @@ def _by_both(snapshot: Snapshot, encoder: Encodes, rows: list[int], groups: list
     new = encoder.encode_texts(captions) if captions else np.empty((0, encoder.dim), np.float32)
     chosen = np.array(rows, np.int64)
     return Pairs(snapshot.vectors(chosen), new, np.array(groups, np.int64), chosen)
-
-
-def _limits(settings: Mapping[str, Any]) -> Limits:
-    try:
-        return Limits(**settings["limits"])
-    except (KeyError, TypeError):
-        return DEFAULT_LIMITS

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmsearch.data.images import DEFAULT_LIMITS, Limits
+from mmsearch.data.images import kept_limits
 from mmsearch.derive import derive_or_scan
 from mmsearch.errors import ModelError
 from mmsearch.ingest import Ingest
@@ -168,7 +168,7 @@ def _renew(
 def _encode(work: Reindexing, pipeline: _Pipeline, left: int) -> dict[str, Any]:
     """Encode what the nested index lacks: what was encoded, and what could not be, as `ReindexReport` has them."""
     told, encoder = Estimating(pipeline.told), pipeline.encoder
-    limits = _limits(work.store)
+    limits = kept_limits(work.store.settings)
     encoding = pipeline.engine.pictures(
         encoder, index=work.fresh.path, batch_size=pipeline.batch_size, workers=pipeline.workers, limits=limits,
         told=told,
@@ -230,11 +230,3 @@ def _settings(store: IndexStore, encoder: Encodes, *, tokens: bool) -> dict[str,
     """The index's own, with the new model; what else is in them stays."""
     kept = {name: value for name, value in store.settings.items() if name not in ("model", "tokens")}
     return {**kept, "model": encoder.source, **({"tokens": True} if tokens else {})}
-
-
-def _limits(store: IndexStore) -> Limits:
-    """What the index was built with: what it holds can be read again."""
-    try:
-        return Limits(**store.settings["limits"])
-    except (KeyError, TypeError):
-        return DEFAULT_LIMITS  # made without them, or with some of another version

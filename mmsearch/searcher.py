@@ -18,13 +18,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from mmsearch.errors import IndexNotFoundError, MmsearchError, UsageError
 from mmsearch.opened import OneIndex, Opened, check_same_space, directories
-from mmsearch.rerank.rank_fusion import reciprocal_rank_fusion
+from mmsearch.rerank.rank_fusion import merge_by_rank
 from mmsearch.rerank.request import MAX_DEPTH, Rerank, asked_for, no_probabilities
 from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
@@ -330,23 +330,13 @@ def _first_stage(view: View, row: Embeddings, asked: _Asked, *, width: int) -> t
     """The `width` best hits by cosine, and notes."""
     if asked.to == "any":
         lists = [view.ranked(row, modality, width, threshold=asked.threshold) for modality in Modality]
-        hits, hidden = _merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
+        hits, hidden = merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
     else:
         hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold)
     notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
     if asked.to == "text" and not view.snapshot.count(Modality.TEXT):
         notes.append("this index holds no captions")
     return hits, notes
-
-
-def _merge_by_rank(lists: list[list[Hit]], k: int) -> list[Hit]:
-    """The k best items of several lists by reciprocal rank; each is shown as its best-placed hit."""
-    best: dict[str, Hit] = {}
-    for hit in (hit for hits in lists for hit in hits):
-        if hit.item.id not in best or hit.rank < best[hit.item.id].rank:
-            best[hit.item.id] = hit
-    fused = reciprocal_rank_fusion([hit.item.id for hit in hits] for hits in lists)
-    return [replace(best[item], rank=rank) for rank, (item, _) in enumerate(fused[:k], 1)]
 
 
 def _opened(paths: list[str], *, partial: bool) -> Opened:

@@ -15,8 +15,10 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -50,6 +52,15 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def kept_limits(settings: Mapping[str, Any]) -> Limits:
+    """What an index was built with, from its settings: what it holds can be read again."""
+    try:
+        return Limits(**settings["limits"])
+    except (KeyError, TypeError):
+        return DEFAULT_LIMITS  # made without them, or with some of another version
+
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,

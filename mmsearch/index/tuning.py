@@ -143,34 +143,26 @@ def _smallest(
 ) -> tuple[Parameters, bool]:
     """The smallest setting that reaches the target, to within a tenth; (the last one tried, False) if none does."""
 
-    def reaches(value: int) -> bool:
+    def reach(value: int) -> float:
         index.parameters = knob.at(value, factor)
-        return _lowest(index, asked, excluded) >= target
+        return _lowest(index, asked, excluded)
 
     value, failed = max(knob.least, min(8, knob.most)), max(knob.least - 1, 0)
-    while not reaches(value):
+    reached = reach(value)
+    while reached < target:
         if value >= knob.most:
             return knob.at(value, factor), False
-        before = _lowest(index, asked, excluded)
-        failed, value = value, min(value * 2, knob.most)
-        if failed >= 64 and not _gains(index, knob.at(value, factor), asked, excluded, over=before):
-            return knob.at(
-                failed, factor
-            ), False  # more lists find no more: the codes are too coarse for so few candidates
+        before, failed, value = reached, value, min(value * 2, knob.most)
+        reached = reach(value)
+        if failed >= 64 and reached <= before + 0.002:  # more lists find no more: too few candidates for such codes
+            return knob.at(failed, factor), False
     while value - failed > max(1, value // 10):
         middle = (value + failed) // 2
-        if reaches(middle):
+        if reach(middle) >= target:
             value = middle
         else:
             failed = middle
     return knob.at(value, factor), True
-
-
-def _gains(
-    index: ApproximateIndex, how: Parameters, asked: Mapping[str, Judged], excluded: Rows, *, over: float
-) -> bool:
-    index.parameters = how
-    return _lowest(index, asked, excluded) > over + 0.002
 
 
 def _lowest(index: ApproximateIndex, asked: Mapping[str, Judged], excluded: Rows) -> float:

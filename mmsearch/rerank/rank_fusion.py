@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from mmsearch.errors import UsageError
+from mmsearch.types import Hit
 
 CONSTANT = 60
 """Of reciprocal rank fusion: Cormack, Clarke and Büttcher 2009 found that it hardly matters around 60."""
@@ -90,3 +92,13 @@ _NORMALISERS: Mapping[str, Callable[[Mapping[str, float]], Scaled]] = {
     "z": _standard,
     "none": _as_it_is,
 }
+
+
+def merge_by_rank(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+    """The k best items of several lists by reciprocal rank; each is shown as its best-placed hit."""
+    best: dict[str, Hit] = {}
+    for hit in (hit for hits in lists for hit in hits):
+        if hit.item.id not in best or hit.rank < best[hit.item.id].rank:
+            best[hit.item.id] = hit
+    fused = reciprocal_rank_fusion([hit.item.id for hit in hits] for hits in lists)
+    return [replace(best[name], rank=rank) for rank, (name, _) in enumerate(fused[:k], 1)]

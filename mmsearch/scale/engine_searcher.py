@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mmsearch.data.remote import may_be_shown
 from mmsearch.errors import StoreError, UsageError
 from mmsearch.opened import directories
-from mmsearch.rerank.rank_fusion import reciprocal_rank_fusion
+from mmsearch.rerank.rank_fusion import merge_by_rank
 from mmsearch.rerank.request import Rerank, asked_for, no_probabilities
 from mmsearch.scale.engine import Answer, Engine, open_engine, refuse_other_model
 from mmsearch.searcher import MAX_K, TO, Hits
@@ -171,7 +171,7 @@ class EngineSearcher:
             hidden += left_out
         notes = [f"partial: {one}" for one in missing]
         notes += [f"{hidden} better or equal hits are not shown: their files are gone"] * bool(hidden)
-        return Hits(lists[0] if len(lists) == 1 else _merged(lists, k), notes=notes, partial=bool(missing))
+        return Hits(lists[0] if len(lists) == 1 else merge_by_rank(lists, k), notes=notes, partial=bool(missing))
 
     def _ranked(
         self,
@@ -216,16 +216,6 @@ def _hidden(hits: Sequence[Hit], there: Sequence[Hit], k: int) -> int:
 
 def _is_there(item: Item) -> bool:
     return item.path is None or may_be_shown(item.path)
-
-
-def _merged(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
-    """The k best items of several lists by reciprocal rank; each is shown as its best-placed hit."""
-    best: dict[str, Hit] = {}
-    for hit in (hit for hits in lists for hit in hits):
-        if hit.item.id not in best or hit.rank < best[hit.item.id].rank:
-            best[hit.item.id] = hit
-    fused = reciprocal_rank_fusion([hit.item.id for hit in hits] for hits in lists)
-    return [replace(best[name], rank=rank) for rank, (name, _) in enumerate(fused[:k], 1)]
 
 
 def address_of(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:
