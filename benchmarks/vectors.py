@@ -1,6 +1,6 @@
 """Rows with the shape of real image vectors, as many as wanted, and real queries of both kinds to search them with.
 
-    mmsearch index DATA/captions.jsonl --name real          # any photos with captions; the bundled model encodes both
+    mmsearch index DATA/captions.jsonl --out indexes/real   # any photos with captions; the bundled model encodes both
     python benchmarks/vectors.py --real indexes/real --rows 1000000 --out /tmp/vectors-1m
 
 Held out of the index at random: `--queries` photos whose row and whose first caption's row become the image and the

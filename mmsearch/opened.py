@@ -100,6 +100,38 @@ def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str,
         )
 
 
+class Described(Protocol):
+    """An index as far as two of them can be told to belong together."""
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def model(self) -> ModelIdentity:
+        """Whose vectors these are."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it was made with."""
+        ...
+
+
+def check_alike(first: Described, other: Described, *, to_be: str, model: str, items: str) -> None:
+    """Raise `IndexMismatchError` unless rows of the two can be compared, and stand for the same kind of thing.
+
+    `to_be`: what was to be done with the other and the first ("searched together with"). What to do instead: `model`
+    where models differ, `items` where the kinds of item vectors do.
+    """
+    check_same_space(first.model, other.model, where=f"{other.path}, {to_be} {first.path}", do=model)
+    kinds = [str(one.settings.get("item_vectors", "separate")) for one in (first, other)]
+    if kinds[0] != kinds[1]:
+        expected = f"{kinds[0]} item vectors, as {first.path} has them"
+        raise IndexMismatchError(other.path, expected=expected, got=kinds[1], do=items)
+
+
 def directories(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The index directories that these paths name: themselves, or the shards of a folder that `split` made.
 

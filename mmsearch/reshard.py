@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from mmsearch.derive import derive_or_scan
-from mmsearch.errors import IndexMismatchError, ModelError, StoreError, UsageError
-from mmsearch.opened import SHARDS_NAME, TOGETHER, check_same_space, directories, refuse_shards
+from mmsearch.errors import ModelError, StoreError, UsageError
+from mmsearch.opened import SHARDS_NAME, TOGETHER, check_alike, directories, refuse_shards
 from mmsearch.progress import Progress, SilentProgress
 from mmsearch.store.copying import Contest, Origin, copy_items, copy_tokens, keep_spaces, last_item
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.disk import Disk, os_guard
 from mmsearch.store.lock import WriterLock
+from mmsearch.store.settings import PUSHED
 from mmsearch.store.tokens import tokens_identity
 from mmsearch.types import Modality
 
@@ -50,8 +51,6 @@ OPEN_AT_ONCE = 64
 """Shards that are written side by side in one pass over the index: each takes a few open files."""
 _PLAN = "plan.json"
 _WHOLE = "whole"
-MIRRORED = "pushed"
-"""The setting that says of which indexes an index is kept a copy, see `scale.local_engine`."""
 
 Path_ = str | os.PathLike[str]
 Route = Callable[[int, str], int]
@@ -101,7 +100,11 @@ def merge(
         raise UsageError("merge", expected="index directories", got="none", do="Name at least one.")
     with ExitStack() as stack:
         origins = [stack.enter_context(Origin(path)) for path in dict.fromkeys(map(os.path.realpath, paths))]
-        _check_alike(origins)
+        for other in origins[1:]:
+            check_alike(
+                origins[0], other, to_be="to be merged with", model=TOGETHER,
+                items="Index one of them anew with --item-vectors.",
+            )  # fmt: skip
         settings = _merged_settings(origins)
         if any(origin.settings.get("tokens") is True for origin in origins):
             settings["tokens"] = True
@@ -169,7 +172,7 @@ def _merged_settings(origins: Sequence[Origin]) -> dict[str, Any]:
 
 def _kept_settings(settings: Mapping[str, Any], *, shards: int = 1) -> dict[str, Any]:
     """Those of an index that is one of so many made of another: no engine's mirror, and with its part of the memory."""
-    kept = {name: value for name, value in settings.items() if name != MIRRORED}
+    kept = {name: value for name, value in settings.items() if name != PUSHED}
     layout = kept.get("index", {})
     if layout.get("memory") is not None:
         kept["index"] = {**layout, "memory": max(layout["memory"] // shards, 1)}
@@ -197,22 +200,6 @@ def _by_rows(origin: Origin, most: int) -> tuple[int, Route]:
                 raise UsageError("rows", expected=f"enough for {MOST_SHARDS} shards at most", got=str(most), do=do)
         held += count
     return len(first_items), lambda item, id_: bisect_right(first_items, item) - 1
-
-
-def _check_alike(origins: Sequence[Origin]) -> None:
-    """Rows of all can be compared, and stand for the same kind of thing."""
-    first = origins[0]
-    for other in origins[1:]:
-        where = f"{other.path}, to be merged with {first.path}"
-        check_same_space(first.model, other.model, where=where, do=TOGETHER)
-        kinds = [one.settings.get("item_vectors", "separate") for one in (first, other)]
-        if kinds[0] != kinds[1]:
-            raise IndexMismatchError(
-                other.path,
-                expected=f"{kinds[0]} item vectors, as {first.path} has them",
-                got=str(kinds[1]),
-                do="Index one of them anew with --item-vectors.",
-            )
 
 
 class _Copying:

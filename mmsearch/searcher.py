@@ -17,12 +17,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
-from mmsearch.errors import IndexNotFoundError, MmsearchError, UsageError
+from mmsearch.errors import IndexNotFoundError, MmsearchError
+from mmsearch.hits import Asked, Hits, hidden_note, text_answered
 from mmsearch.opened import OneIndex, Opened, check_same_space, directories
 from mmsearch.rerank.rank_fusion import merge_by_rank
 from mmsearch.rerank.request import MAX_DEPTH, Rerank, asked_for, no_probabilities
@@ -38,56 +38,6 @@ if TYPE_CHECKING:
     from mmsearch.evidence import Reranks
     from mmsearch.second_stage import SecondStage
     from mmsearch.types import Pixels
-
-TO = ("image", "text", "any")
-MAX_K = 10_000
-
-
-class Hits(Sequence[Hit]):
-    """Hits, best first; `notes` says what the user should know about how they came about.
-
-    `partial`: a part of the collection did not answer, so better hits may be missing; the notes name it.
-    """
-
-    __slots__ = ("_hits", "notes", "partial")
-
-    def __init__(self, hits: Iterable[Hit], *, notes: Iterable[str] = (), partial: bool = False) -> None:
-        self._hits, self.notes, self.partial = tuple(hits), tuple(notes), partial
-
-    @overload
-    def __getitem__(self, index: int) -> Hit: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
-        return self._hits[index]
-
-    def __len__(self) -> int:
-        return len(self._hits)
-
-    def __repr__(self) -> str:
-        return f"Hits({list(self._hits)!r}, notes={self.notes!r})"
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One search, checked. `k` of 1..10000, with a depth of re-ranking 1..1000; see `Searcher.search_text`."""
-
-    k: int
-    to: str
-    threshold: float | None
-    rerank: Rerank
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= MAX_K:
-            raise UsageError("k", expected=f"1 to {MAX_K}", got=str(self.k))
-        if self.to not in TO:
-            raise UsageError("to", expected=" or ".join(TO), got=self.to)
-        if self.threshold is not None and not -1.0 <= self.threshold <= 1.0:
-            raise UsageError("threshold", expected="a cosine from -1 to 1", got=str(self.threshold))
-        if self.k > MAX_DEPTH and self.rerank.depth and (self.rerank.needs_probabilities or not self.rerank.is_auto):
-            raise UsageError("k", expected=f"1 to {MAX_DEPTH} hits, re-ranked", got=str(self.k))
 
 
 class Searcher:
@@ -217,14 +167,8 @@ class Searcher:
         Raises `UsageError` for an empty text, k outside 1..10000, an unknown `to` or conditions on probabilities that
         nobody knows, `ModelError` where a depth is named and the model has no re-ranker.
         """
-        asked = _Asked(k, to, threshold, asked_for(rerank))
-        if not text.strip():
-            raise UsageError("query", expected="some words", got="an empty text")
-        found = self._search(self.encoder.encode_texts([text]), asked, text=text)
-        if self.encoder.truncated([text])[0]:
-            note = f"the text is longer than {self.encoder.max_tokens} tokens; only its beginning was used"
-            return Hits(found, notes=(note, *found.notes), partial=found.partial)
-        return found
+        asked = Asked(k, to, threshold, asked_for(rerank))
+        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, text=text))
 
     def search_image(
         self,
@@ -240,7 +184,7 @@ class Searcher:
         `rerank`: as for `search_text`; captions can be re-ranked, pictures like a picture cannot.
         Raises `ImageError` when a file cannot be read, otherwise as `search_text`.
         """
-        asked = _Asked(k, to, threshold, asked_for(rerank))
+        asked = Asked(k, to, threshold, asked_for(rerank))
         pixels = None
         if asked.rerank.depth and to == "text":
             from mmsearch.encoder import to_pixels
@@ -253,10 +197,10 @@ class Searcher:
         self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None
     ) -> Hits:
         """The k best hits for one unit row, (1, d) or (d,), of this index's model. Never re-ranked: it has no words."""
-        return self._search(vector, _Asked(k, to, threshold, Rerank(0)))
+        return self._search(vector, Asked(k, to, threshold, Rerank(0)))
 
     def _search(
-        self, vector: Embeddings, asked: _Asked, *, text: str | None = None, pixels: Pixels | None = None
+        self, vector: Embeddings, asked: Asked, *, text: str | None = None, pixels: Pixels | None = None
     ) -> Hits:
         """First stage, and the second where it is asked for and there is one."""
         row = check_embeddings(vector.reshape(1, -1), dim=self._index.model.dim, where="query vector")
@@ -286,7 +230,7 @@ class Searcher:
         finally:
             view.leave()
 
-    def _second_stage(self, view: View, notes: list[str], *, asked: _Asked) -> SecondStage | None:
+    def _second_stage(self, view: View, notes: list[str], *, asked: Asked) -> SecondStage | None:
         """What re-orders; None where "auto" finds nothing to do it with, and a note where that is no normal state."""
         wish = asked.rerank
         may_skip = wish.is_auto and not wish.needs_probabilities
@@ -326,14 +270,14 @@ class Searcher:
         return None if named is None else str(named)
 
 
-def _first_stage(view: View, row: Embeddings, asked: _Asked, *, width: int) -> tuple[list[Hit], list[str]]:
+def _first_stage(view: View, row: Embeddings, asked: Asked, *, width: int) -> tuple[list[Hit], list[str]]:
     """The `width` best hits by cosine, and notes."""
     if asked.to == "any":
         lists = [view.ranked(row, modality, width, threshold=asked.threshold) for modality in Modality]
         hits, hidden = merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
     else:
         hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold)
-    notes = [] if not hidden else [f"{hidden} better or equal hits are not shown: their files are gone"]
+    notes = hidden_note(hidden)
     if asked.to == "text" and not view.snapshot.count(Modality.TEXT):
         notes.append("this index holds no captions")
     return hits, notes

@@ -25,7 +25,7 @@ import numpy as np
 
 from mmsearch.errors import IndexMismatchError, StoreError, UsageError
 from mmsearch.index.base import NeighbourIndex, check_k, merged, padded
-from mmsearch.opened import TOGETHER, OneIndex, check_same_space
+from mmsearch.opened import TOGETHER, OneIndex, check_alike
 from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.sharded import ShardedSnapshot
@@ -268,16 +268,8 @@ class Shards:
         """Rows of all shards can be compared, and stand for the same kind of thing."""
         first = self._alike = self._alike or other
         try:
-            where = f"{other.path}, searched together with {first.path}"
-            check_same_space(first.model, other.model, where=where, do=f"Search them apart. {TOGETHER}")
-            kinds = [one.settings.get("item_vectors", "separate") for one in (first, other)]
-            if kinds[0] != kinds[1]:
-                raise IndexMismatchError(
-                    other.path,
-                    expected=f"{kinds[0]} item vectors, as {first.path} has them",
-                    got=str(kinds[1]),
-                    do="Search them apart.",
-                )
+            apart = "Search them apart."
+            check_alike(first, other, to_be="searched together with", model=f"{apart} {TOGETHER}", items=apart)
         except BaseException:
             other.close()
             raise

@@ -34,7 +34,8 @@ def index(
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Where the index goes [default: indexes/NAME].")
+        str | None,
+        typer.Option("--out", "--index", metavar="DIR", help="Where the index goes [default: indexes/NAME]."),
     ] = None,
     model: options.Model = None,
     exclude: Annotated[

@@ -16,8 +16,9 @@ from mmsearch.cli.terminal import guarded, say
 from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
+    from mmsearch.hits import Hits
     from mmsearch.rerank.request import Rerank
-    from mmsearch.searcher import Hits, Searcher
+    from mmsearch.searcher import Searcher
 
 
 @guarded()

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mmsearch.data.remote import may_be_shown
 from mmsearch.errors import StoreError, UsageError
+from mmsearch.hits import Asked, Hits, hidden_note, text_answered
 from mmsearch.opened import directories
 from mmsearch.rerank.rank_fusion import merge_by_rank
 from mmsearch.rerank.request import Rerank, asked_for, no_probabilities
 from mmsearch.scale.engine import Answer, Engine, open_engine, refuse_other_model
-from mmsearch.searcher import MAX_K, TO, Hits
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Hit, Item, Modality, ModelIdentity, Preprocessing
 from mmsearch.where import Where
@@ -118,14 +118,8 @@ class EngineSearcher:
         where: Where = (),
     ) -> Hits:
         """As `Searcher.search_text`; `where`: only items that fulfil all conditions. A depth in `rerank` is refused."""
-        self._check(k, to, threshold, asked_for(rerank))
-        if not text.strip():
-            raise UsageError("query", expected="some words", got="an empty text")
-        found = self._search(self.encoder.encode_texts([text]), k, to=to, threshold=threshold, where=where)
-        if self.encoder.truncated([text])[0]:
-            note = f"the text is longer than {self.encoder.max_tokens} tokens; only its beginning was used"
-            return Hits(found, notes=(note, *found.notes), partial=found.partial)
-        return found
+        asked = self._asked(k, to, threshold, asked_for(rerank))
+        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, where=where))
 
     def search_image(
         self,
@@ -138,59 +132,49 @@ class EngineSearcher:
         where: Where = (),
     ) -> Hits:
         """As `Searcher.search_image`; `where` and `rerank` as for `search_text`."""
-        self._check(k, to, threshold, asked_for(rerank))
-        return self._search(self.encoder.encode_images([image]), k, to=to, threshold=threshold, where=where)
+        asked = self._asked(k, to, threshold, asked_for(rerank))
+        return self._search(self.encoder.encode_images([image]), asked, where=where)
 
     def search_vector(
         self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None, where: Where = ()
     ) -> Hits:
         """The k best hits for one unit row, (1, d) or (d,), of this collection's model."""
-        self._check(k, to, threshold, Rerank(0))
-        return self._search(vector, k, to=to, threshold=threshold, where=where)
+        return self._search(vector, self._asked(k, to, threshold, Rerank(0)), where=where)
 
-    def _check(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> None:
-        if not 1 <= k <= MAX_K:
-            raise UsageError("k", expected=f"1 to {MAX_K}", got=str(k))
-        if to not in TO:
-            raise UsageError("to", expected=" or ".join(TO), got=to)
-        if threshold is not None and not -1.0 <= threshold <= 1.0:
-            raise UsageError("threshold", expected="a cosine from -1 to 1", got=str(threshold))
+    def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> Asked:
+        """The search, checked; `UsageError` for a second stage that "auto" may not leave out."""
+        asked = Asked(k, to, threshold, rerank)
         if rerank.needs_probabilities:
             raise no_probabilities("an engine, which keeps no patch tokens")
         if rerank.depth and not rerank.is_auto:
             raise _first_stage_only(self._engine.where)
+        return asked
 
-    def _search(self, vector: Embeddings, k: int, *, to: str, threshold: float | None, where: Where) -> Hits:
+    def _search(self, vector: Embeddings, asked: Asked, *, where: Where) -> Hits:
         row = check_embeddings(vector.reshape(1, -1), dim=self.model.dim, where="query vector")
-        kinds = list(Modality) if to == "any" else [Modality(to)]
+        kinds = list(Modality) if asked.to == "any" else [Modality(asked.to)]
         missing: dict[str, None] = {}
         lists, hidden = [], 0
         for modality in kinds:
-            hits, left_out = self._ranked(row, k, modality=modality, threshold=threshold, where=where, missing=missing)
+            hits, left_out = self._ranked(row, asked, modality=modality, where=where, missing=missing)
             lists.append(hits)
             hidden += left_out
-        notes = [f"partial: {one}" for one in missing]
-        notes += [f"{hidden} better or equal hits are not shown: their files are gone"] * bool(hidden)
-        return Hits(lists[0] if len(lists) == 1 else merge_by_rank(lists, k), notes=notes, partial=bool(missing))
+        notes = [*(f"partial: {one}" for one in missing), *hidden_note(hidden)]
+        best = lists[0] if len(lists) == 1 else merge_by_rank(lists, asked.k)
+        return Hits(best, notes=notes, partial=bool(missing))
 
     def _ranked(
-        self,
-        row: Embeddings,
-        k: int,
-        *,
-        modality: Modality,
-        threshold: float | None,
-        where: Where,
-        missing: dict[str, None],
+        self, row: Embeddings, asked: Asked, *, modality: Modality, where: Where, missing: dict[str, None]
     ) -> tuple[list[Hit], int]:
         """Hits of one modality, and how many were left out because their files are gone."""
+        k = asked.k
         width = k + _SPARE if self._engine.files_are_here else k
         while True:
             answer = self._engine.search(row, width, modality=modality, where=where)
             missing |= dict.fromkeys(answer.missing)
             items = self._engine.fetch(list(dict.fromkeys(answer.ids[0])))
             missing |= dict.fromkeys(items.missing)
-            hits = _hits(answer, items, modality, threshold)
+            hits = _hits(answer, items, modality, asked.threshold)
             there = [hit for hit in hits if not self._engine.files_are_here or _is_there(hit.item)]
             if len(there) >= k or len(hits) < width:
                 return [replace(hit, rank=rank) for rank, hit in enumerate(there[:k], 1)], _hidden(hits, there, k)

@@ -28,12 +28,11 @@ from mmsearch.store import listing
 from mmsearch.store.base import Batch, Upsert
 from mmsearch.store.directory import IndexStore
 from mmsearch.store.manifest import MANIFEST_NAME
+from mmsearch.store.settings import PUSHED
 from mmsearch.store.snapshot import DirectorySnapshot
 from mmsearch.types import Embeddings, Modality, Rows, Source
 from mmsearch.where import Where
 
-PUSHED = "pushed"
-"""Root of items that came by `upsert`, and the setting that holds the mark."""
 _SPARE = 8
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from mmsearch.errors import IndexDamagedError, MmsearchError
 from mmsearch.store import bridge_file, nested
 from mmsearch.store.base import ItemState, Problem
-from mmsearch.store.checksums import QUICK_BYTES, file_digest, is_intact
+from mmsearch.store.checksums import QUICK_BYTES, is_intact
+from mmsearch.store.connections import database_digest
 from mmsearch.store.disk import REBUILD, REENCODE, os_fault
 from mmsearch.store.manifest import MANIFEST_NAME, REWRITE, Manifest, read_manifest
 from mmsearch.store.snapshot import DirectorySnapshot
@@ -44,7 +45,7 @@ class ItemsFile:
         self._found: tuple[int, str] | None = None
         if manifest is not None and manifest.items.xxh3 and (limit is None or manifest.items.size <= limit):
             try:
-                self._found = file_digest(self._path)
+                self._found = database_digest(self._path)
             except FileNotFoundError:
                 raise IndexDamagedError(self._path, expected="a file", got="none", do=REBUILD) from None
 

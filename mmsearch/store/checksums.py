@@ -6,6 +6,7 @@ opening looks at sizes and ends only, and `verify` (and every writer) at everyth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -18,12 +19,17 @@ _PIECE = 1 << 20
 
 
 def file_digest(path: str) -> tuple[int, str]:
-    """(size in bytes, hex xxh3_64 of the content)."""
-    state, size = xxhash.xxh3_64(), 0
+    """(size in bytes, hex xxh3_64 of the content) of a file that is no database: see `connections`."""
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            state.update(piece)
-            size += len(piece)
+        return digest_of(iter(lambda: file.read(_PIECE), b""))
+
+
+def digest_of(pieces: Iterable[bytes]) -> tuple[int, str]:
+    """(bytes, hex xxh3_64) of pieces one after the other."""
+    state, size = xxhash.xxh3_64(), 0
+    for piece in pieces:
+        state.update(piece)
+        size += len(piece)
     return size, str(state.hexdigest())
 
 

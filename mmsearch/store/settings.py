@@ -14,6 +14,10 @@ from mmsearch.store.migrations import check_format
 from mmsearch.store.sqlite import ITEMS_NAME, ReaderConnection, encode_json, read_meta, write_meta
 from mmsearch.store.writer import Writer
 
+PUSHED = "pushed"
+"""The setting that says of which indexes an index is kept a copy, and the root of the items that came so: see
+`scale.local_engine`."""
+
 
 def no_index(path: str) -> IndexNotFoundError:
     """The error where no index is."""

@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 from mmsearch.errors import IndexDamagedError, ResourceError
 from mmsearch.store.base import ItemState, Known
+from mmsearch.store.connections import connect, copy_database
 from mmsearch.store.disk import REBUILD, sqlite_fault, sqlite_guard
 from mmsearch.types import NO_METADATA, Item, Modality, SkipReason, Stamp
 
@@ -76,7 +77,7 @@ def is_text(modality: Modality) -> int:
 def writer_connection(path: str) -> sqlite3.Connection:
     """Open (or make) the database for the one writer. Transactions are explicit."""
     with sqlite_guard(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection = connect(path)
         try:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
             connection.execute("PRAGMA journal_mode = WAL")
@@ -116,8 +117,8 @@ class ReaderConnection:
                 return _read_only(path, "mode=ro&immutable=1")
             try:
                 self._copy = tempfile.TemporaryDirectory(prefix="mmsearch-")
-                for name in (path, log):
-                    shutil.copyfile(name, os.path.join(self._copy.name, os.path.basename(name)))
+                copy_database(path, os.path.join(self._copy.name, ITEMS_NAME))
+                shutil.copyfile(log, os.path.join(self._copy.name, ITEMS_NAME + "-wal"))
             except OSError as error:
                 raise ResourceError(
                     path,
@@ -135,7 +136,7 @@ class ReaderConnection:
 
 def _read_only(path: str, query: str) -> sqlite3.Connection:
     address = f"file:{quote(os.fsencode(os.path.abspath(path)))}?{query}"
-    connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+    connection = connect(path, address=address)
     try:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         connection.execute("PRAGMA query_only = ON")

@@ -27,6 +27,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 import xxhash
 
 from mmsearch.errors import IndexDamagedError, ResourceError, StoreError, UsageError
+from mmsearch.store.connections import connect
 from mmsearch.store.disk import os_guard, sqlite_guard
 from mmsearch.store.lock import WriterLock
 from mmsearch.store.sqlite import BUSY_MS, ReaderConnection
@@ -325,7 +326,7 @@ def _identity(db: sqlite3.Connection) -> str | None:
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = connect(path)
     try:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # before the first page is written

@@ -26,7 +26,7 @@ from mmsearch.store import bridge_file, nested
 from mmsearch.store.apply import Applier, plan_rows
 from mmsearch.store.base import Batch, Derived
 from mmsearch.store.check import ItemsFile, live_items
-from mmsearch.store.checksums import file_digest
+from mmsearch.store.connections import database_digest
 from mmsearch.store.disk import REENCODE, Disk, sqlite_guard
 from mmsearch.store.lock import WriterLock
 from mmsearch.store.manifest import (
@@ -208,7 +208,7 @@ class Writer:
             self.db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         if busy:
             return FileRecord(ITEMS_NAME, 0, "")
-        return FileRecord(ITEMS_NAME, *file_digest(self.items_path))
+        return FileRecord(ITEMS_NAME, *database_digest(self.items_path))
 
     def tidy(self, manifest: Manifest | None = None) -> None:
         """Remove what neither the database nor the manifest names: leftovers of a killed writer."""

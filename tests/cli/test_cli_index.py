@@ -56,6 +56,13 @@ def test_home_moves_the_default_folder(mmsearch, monkeypatch):
         assert built(library)["out"] == Path(out)
 
 
+def test_the_index_may_be_named_as_all_other_commands_name_it(mmsearch):
+    """`--index` says where the index goes, as it says elsewhere which one is meant."""
+    library = FakeLibrary()
+    assert mmsearch("index", "photos", "--index", "here", library=library).code == 0
+    assert built(library)["out"] == Path("here")
+
+
 def test_every_option_reaches_the_builder(mmsearch):
     """What the user asked for is what the library is told."""
     library = FakeLibrary()
