@@ -27,8 +27,8 @@ from mmsearch.index.faiss import all_but, bitmap
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Rows, Scores
 
-_INVERTED = b"Iw"
-"""How a file with inverted lists begins."""
+_INVERTED, _FAST_SCAN = b"Iw", b"IwPf"
+"""How a file with inverted lists begins, and one whose lists FAISS cannot map."""
 _PIECE_BYTES = 64 << 20
 """Candidates of so many queries are scored again at once."""
 TUNED_FOR = 10
@@ -183,8 +183,11 @@ def read_file(path: str, *, mapped: bool = True) -> Any:  # noqa: ANN401 - faiss
     ways = [faiss.IO_FLAG_MMAP_IFC, faiss.IO_FLAG_MMAP] if mapped else [0]
     try:
         with open(path, "rb") as file:  # FAISS takes no undecodable names; the descriptor has a plain one
-            if file.read(2) == _INVERTED:
+            begins = file.read(4)
+            if begins.startswith(_INVERTED):
                 ways = ways[-1:]
+            if begins == _FAST_SCAN and hasattr(os, "posix_fadvise"):  # read whole anyway: the disk may begin
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             name = path if path.isprintable() else f"/dev/fd/{file.fileno()}"
             return _first_that_reads(name, ways)
     except (RuntimeError, OSError) as error:

@@ -81,6 +81,10 @@ class StoredRows(Protocol[D]):
         """(stop - start, d) fp16 rows."""
         ...
 
+    def scattered(self) -> NDArray[np.float16]:
+        """(row_count, d) fp16: every row, for picking some here and there."""
+        ...
+
     def vectors(self, rows: Rows) -> Embeddings:
         """(n,) -> (n, d) float32."""
         ...
@@ -242,6 +246,6 @@ def _opened(
     from mmsearch.index.approximate import read_file
     from mmsearch.index.opening import open_index
 
-    positions, stored = Positions(covered), snapshot.block(0, snapshot.row_count)
+    positions, stored = Positions(covered), snapshot.scattered()
     index = open_index(read_file(path), derived.facts, kind=derived.kind, stored=stored, row_of=positions.all)
     return (ByRow(covered) if index.by_rows else positions), index

@@ -229,6 +229,10 @@ class Snapshot(Protocol):
         """Rows start..stop as stored: (stop - start, d) fp16, a view of the mapped file, not a copy."""
         ...
 
+    def scattered(self) -> NDArray[np.float16]:
+        """Every row as stored, (row_count, d) fp16, for picking some here and there rather than reading on."""
+        ...
+
     def vectors(self, rows: Rows) -> Embeddings:
         """The rows asked for: (n,) -> (n, d) float32."""
         ...

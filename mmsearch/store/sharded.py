@@ -88,6 +88,11 @@ class ShardedSnapshot:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty((0, self.dim), np.float16)
 
+    def scattered(self) -> NDArray[np.float16]:
+        """Every row as stored, (row_count, d); of several parts a copy."""
+        pieces = [part.scattered() for part in self.parts]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
     def vectors(self, rows: Rows) -> Embeddings:
         """The rows asked for: (n,) -> (n, d) float32."""
         wanted = np.asarray(rows, dtype=np.int64)

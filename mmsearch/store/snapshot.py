@@ -162,6 +162,10 @@ class DirectorySnapshot:
         """Rows start..stop as stored, a view of the mapped file."""
         return self._vectors.block(start, stop)
 
+    def scattered(self) -> NDArray[np.float16]:
+        """Every row of the file as stored, (rows, d), for picking some: see `VectorFile.scattered`."""
+        return self._vectors.scattered()
+
     def vectors(self, rows: Rows) -> Embeddings:
         """(n,) -> (n, d) float32."""
         wanted = np.asarray(rows, dtype=np.int64)

@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,6 +66,24 @@ class VectorFile:
     def block(self, start: int, stop: int) -> NDArray[np.float16]:
         """Rows start..stop as stored, without a copy."""
         return np.asarray(self._map[start:stop])
+
+    def scattered(self) -> NDArray[np.float16]:
+        """All rows as stored, (rows, d), mapped once more for picking some here and there.
+
+        The disk is asked for these alone. Otherwise each would bring 128 KiB of neighbours along, which is what the
+        first query to an index that nobody has read yet would wait for.
+        """
+        if not self.rows:
+            return self._map
+        size = self.rows * self.dim * BYTES_PER_NUMBER
+        try:
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # a compaction has replaced it; the first mapping is still there
+            return self._map
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype=HALF).reshape(self.rows, self.dim)
 
     def take(self, rows: Rows) -> NDArray[np.float16]:
         """(n,) row numbers -> (n, d) as stored, a copy."""

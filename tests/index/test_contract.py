@@ -193,6 +193,9 @@ class FakeSnapshot:
     def block(self, start, stop):
         return self._rows[start:stop].astype(np.float16)
 
+    def scattered(self):
+        return self.block(0, self.row_count)
+
     def vectors(self, rows):
         return self._rows[rows]
 

@@ -222,7 +222,7 @@ def rows_by_name(index: Path) -> dict[str, list]:
     return found
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=180.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from store_kit import Batch, IndexStore, PlainDerived, create, in_child, make_index, numbers, state_of, unit, upsert
 
@@ -305,3 +306,21 @@ def test_an_error_of_the_system_at_opening_is_one_of_ours(quick_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(state_of(path)) == 4
     assert unit(1).shape == (8,)
+
+
+def test_scattered_rows_are_all_rows_also_when_the_file_has_gone(quick_path):
+    """What candidates are scored with: the rows by their numbers, whatever a writer does meanwhile."""
+    path = make_index(quick_path / "index", 6)
+    with IndexStore.open(path) as store, store.snapshot() as snapshot:
+        rows = snapshot.block(0, snapshot.row_count).copy()
+        early = snapshot.scattered()
+        assert np.array_equal(early, rows)
+        assert not early.flags.writeable
+        with IndexStore.open(path, write=True) as writer:
+            writer.commit(Batch(removals=[numbers(writer)["p1"]]))
+            assert writer.compact(share=0.0, at_least=1)
+        assert not os.path.exists(snapshot.vectors_path)
+        assert np.array_equal(early, rows)
+        assert np.array_equal(snapshot.scattered(), rows)
+    with create(quick_path / "empty") as store, store.snapshot() as snapshot:
+        assert snapshot.scattered().shape == (0, snapshot.dim)
