@@ -45,9 +45,7 @@ class Estimating:
     `item_bytes`: what an item takes on the disk, 0 for not saying so. `clock`: seconds from any beginning.
     """
 
-    def __init__(
-        self, told: Progress, *, item_bytes: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, told: Progress, *, item_bytes: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._told, self._clock, self._item_bytes = told, clock, item_bytes
         self._total, self._done, self._unit = 0, 0, "items"
         self._began = self._next = 0.0

@@ -2,7 +2,7 @@
 
 A run of everything takes a process a core (pytest-xdist); a run of named tests is one process, as a debugger wants it.
 `-n N` says otherwise. A file's tests stay together, for its fixtures are made once; so do all that start clusters and
-databases, which are too large to run beside each other.
+databases, which are too large to run beside each other, and all that use a GPU.
 """
 
 import os
@@ -24,8 +24,8 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     """What is to stay in one process, for `--dist loadgroup`."""
     for item in items:
-        heavy = any(item.get_closest_marker(name) for name in ("ray", "engines"))
-        item.add_marker(pytest.mark.xdist_group("engines" if heavy else item.nodeid.partition("::")[0]))
+        heavy = any(item.get_closest_marker(name) for name in ("ray", "engines", "gpu"))
+        item.add_marker(pytest.mark.xdist_group("heavy" if heavy else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,10 @@ from mmsearch.index.faiss import all_but, bitmap
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Rows, Scores
 
-_INVERTED, _FAST_SCAN = b"Iw", b"IwPf"
-"""How a file with inverted lists begins, and one whose lists FAISS cannot map."""
+_INVERTED = b"Iw"
+"""How a file with inverted lists begins."""
+_FAST_SCAN = b"IwPf"
+"""How one begins whose lists FAISS cannot map."""
 _PIECE_BYTES = 64 << 20
 """Candidates of so many queries are scored again at once."""
 TUNED_FOR = 10
@@ -186,8 +188,9 @@ def read_file(path: str, *, mapped: bool = True) -> Any:  # noqa: ANN401 - faiss
             begins = file.read(4)
             if begins.startswith(_INVERTED):
                 ways = ways[-1:]
-            if begins == _FAST_SCAN and hasattr(os, "posix_fadvise"):  # read whole anyway: the disk may begin
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            if begins == _FAST_SCAN:  # read whole anyway: the disk may begin
+                with contextlib.suppress(OSError, AttributeError):  # a hint that not every system takes
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             name = path if path.isprintable() else f"/dev/fd/{file.fileno()}"
             return _first_that_reads(name, ways)
     except (RuntimeError, OSError) as error:

@@ -143,12 +143,11 @@ class EngineSearcher:
 
     def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> Asked:
         """The search, checked; `UsageError` for a second stage that "auto" may not leave out."""
-        asked = Asked(k, to, threshold, rerank)
         if rerank.needs_probabilities:
             raise no_probabilities("an engine, which keeps no patch tokens")
         if rerank.depth and not rerank.is_auto:
             raise _first_stage_only(self._engine.where)
-        return asked
+        return Asked(k, to, threshold, rerank)
 
     def _search(self, vector: Embeddings, asked: Asked, *, where: Where) -> Hits:
         row = check_embeddings(vector.reshape(1, -1), dim=self.model.dim, where="query vector")

@@ -5,13 +5,16 @@ process holds on it, SQLite's too (sqlite.org/howtocorrupt.html, section 2.2). A
 just that: the next reader of another process believes to be alone, and takes the log away from under the writer.
 
 Decisions:
-- Every connection is made here and counted by its file. What is opened to read such a file is kept, shared, and closed
-  with the last connection.
+- Every connection is made here and counted by its file, and that of a database it attaches too (`hold`). What is opened
+  to read such a file is kept, shared, and closed with the last connection.
 - Known by device and inode, as the system knows locks: a file has several names.
+- A cursor must be read to its end before its connection is closed: until then SQLite keeps the file, uncounted.
+- A forked child has none of the locks, and counts from zero. It must not use connections from before the fork.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -34,27 +37,49 @@ class _File:
 
 
 _files: dict[_Key, _File] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # the collector may close a connection in the middle of anything
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    _files.clear()  # what is open stays open, as the parent's descriptors do
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Connection(sqlite3.Connection):
     """A connection that is counted until it is closed."""
 
-    _key: _Key | None = None
+    _keys: tuple[_Key, ...] = ()
 
     def hold(self, path: str) -> None:
-        """Count as a user of the file at `path`. Before the first statement: a connection locks nothing until then."""
+        """Count as a user of the file at `path`; before the first statement, or that which attaches the file.
+
+        Until then nothing is locked. Raises SQLite's own error when there is no such file.
+        """
         with _lock:
-            self._key = _key_of(os.stat(path))
-            _files.setdefault(self._key, _File()).users += 1
+            try:
+                key = _key_of(os.stat(path))
+            except OSError as error:  # gone since it was opened
+                gone = sqlite3.OperationalError(f"unable to open database file: {error.strerror}")
+                gone.sqlite_errorcode, gone.sqlite_errorname = sqlite3.SQLITE_CANTOPEN, "SQLITE_CANTOPEN"
+                raise gone from error
+            self._keys += (key,)
+            _files.setdefault(key, _File()).users += 1
 
     def close(self) -> None:
         """See `sqlite3.Connection.close`."""
         super().close()
         with _lock:
-            key, self._key = self._key, None
-            if key is not None:
+            keys, self._keys = self._keys, ()
+            for key in keys:
                 _let_go(key)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # one that was never opened
+            self.close()
 
 
 def connect(path: str, *, address: str | None = None) -> Connection:
@@ -90,7 +115,9 @@ def _reading(path: str) -> Iterator[int]:
 
 def _let_go(key: _Key) -> None:
     """One user less; the last one closes what was opened. Under the lock."""
-    file = _files[key]
+    file = _files.get(key)
+    if file is None:
+        return  # of before a fork
     file.users -= 1
     if not file.users:
         del _files[key]

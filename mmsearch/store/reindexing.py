@@ -106,7 +106,10 @@ class Reindexing:
         self.store, self.fresh = store, fresh
         self._writer = store._writing()
         self._attached = False
-        self._execute("ATTACH DATABASE ? AS fresh", os.fsencode(os.path.join(fresh.path, ITEMS_NAME)))
+        items = os.path.join(fresh.path, ITEMS_NAME)
+        with sqlite_guard(items):
+            self._writer.db.hold(items)
+        self._execute("ATTACH DATABASE ? AS fresh", os.fsencode(items))
         self._attached = True
 
     @classmethod

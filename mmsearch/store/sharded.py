@@ -90,7 +90,7 @@ class ShardedSnapshot:
 
     def scattered(self) -> NDArray[np.float16]:
         """Every row as stored, (row_count, d); of several parts a copy."""
-        pieces = [part.scattered() for part in self.parts]
+        pieces = [part.scattered() for part in self.parts] or [np.empty((0, self.dim), np.float16)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def vectors(self, rows: Rows) -> Embeddings:

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from mmsearch.errors import IndexDamagedError, ResourceError
 from mmsearch.store.base import ItemState, Known
-from mmsearch.store.connections import connect, copy_database
+from mmsearch.store.connections import Connection, connect, copy_database
 from mmsearch.store.disk import REBUILD, sqlite_fault, sqlite_guard
 from mmsearch.types import NO_METADATA, Item, Modality, SkipReason, Stamp
 
@@ -74,7 +74,7 @@ def is_text(modality: Modality) -> int:
     return int(modality is Modality.TEXT)
 
 
-def writer_connection(path: str) -> sqlite3.Connection:
+def writer_connection(path: str) -> Connection:
     """Open (or make) the database for the one writer. Transactions are explicit."""
     with sqlite_guard(path):
         connection = connect(path)

@@ -9,10 +9,10 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -51,14 +51,16 @@ class VectorFile:
     def __init__(self, path: str, *, dim: int, rows: int) -> None:
         self.path, self.dim, self.rows = path, dim, rows
         need = rows * dim * BYTES_PER_NUMBER
-        size = Path(path).stat().st_size  # FileNotFoundError is the caller's to judge
-        if size < need:
+        facts = os.stat(path)  # FileNotFoundError is the caller's to judge
+        if facts.st_size < need:
             raise IndexDamagedError(
                 path,
                 expected=f"{need:,} bytes",
-                got=f"{size:,}",
+                got=f"{facts.st_size:,}",
                 do=REENCODE,
             )
+        self._file = _which(facts)
+        self._scattered: NDArray[np.float16] | None = None
         self._map: NDArray[np.float16] = (
             np.memmap(path, dtype=HALF, mode="r", shape=(rows, dim)) if rows else np.empty((0, dim), HALF)
         )
@@ -73,15 +75,21 @@ class VectorFile:
         The disk is asked for these alone. Otherwise each would bring 128 KiB of neighbours along, which is what the
         first query to an index that nobody has read yet would wait for.
         """
+        if self._scattered is None:
+            self._scattered = self._map_again()
+        return self._scattered
+
+    def _map_again(self) -> NDArray[np.float16]:
         if not self.rows:
             return self._map
-        size = self.rows * self.dim * BYTES_PER_NUMBER
         try:
             with open(self.path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # a compaction has replaced it; the first mapping is still there
+                if _which(os.fstat(file.fileno())) != self._file:
+                    return self._map  # another index has taken the name
+                mapped = mmap.mmap(file.fileno(), self.rows * self.dim * BYTES_PER_NUMBER, access=mmap.ACCESS_READ)
+        except OSError:  # a compaction has replaced it; the first mapping is still there
             return self._map
-        if hasattr(mmap, "MADV_RANDOM"):
+        with contextlib.suppress(OSError, AttributeError):  # a hint that not every system takes
             mapped.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(mapped, dtype=HALF).reshape(self.rows, self.dim)
 
@@ -105,6 +113,11 @@ class VectorFile:
     def gather(self, rows: Rows) -> Embeddings:
         """(n,) row numbers -> (n, d) float32."""
         return np.asarray(self._map[np.asarray(rows, dtype=np.int64)], dtype=np.float32)
+
+
+def _which(facts: os.stat_result) -> tuple[int, int]:
+    """What tells files apart whatever their names."""
+    return facts.st_dev, facts.st_ino
 
 
 def split(first: int, rows: NDArray[np.float16]) -> Iterator[tuple[int, int, str]]:

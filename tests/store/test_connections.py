@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from store_kit import Batch, IndexStore, PlainDerived, create, make_index, upsert
+from store_kit import Batch, IndexStore, PlainDerived, create, in_child, make_index, upsert
 
+from mmsearch.errors import MmsearchError
 from mmsearch.store import connections
 from mmsearch.store.check import verify
 from mmsearch.store.checksums import file_digest
 from mmsearch.store.connections import connect, copy_database, database_digest
+from mmsearch.store.sqlite import ReaderConnection
 
 READ = """
 import sys
@@ -20,7 +27,7 @@ from mmsearch.store import IndexStore
 with IndexStore.open(sys.argv[1]) as store, store.snapshot() as snapshot:
     print(snapshot.row_count)
 """
-WRITE = """
+PLAIN_READ = """
 import sqlite3, sys
 db = sqlite3.connect(sys.argv[1])
 print(db.execute("SELECT count(*) FROM items").fetchone()[0])
@@ -45,7 +52,7 @@ def test_readers_of_other_processes_leave_the_writer_its_log(quick_path, reader)
     items = os.path.join(path, "items.sqlite")
 
     def seen() -> int:
-        return elsewhere(READ, path) if reader == "mmsearch" else elsewhere(WRITE, items)
+        return elsewhere(READ, path) if reader == "mmsearch" else elsewhere(PLAIN_READ, items)
 
     with create(path) as store:
         for number in range(3):
@@ -68,9 +75,8 @@ def test_checks_leave_an_open_reader_its_locks(quick_path):
     with IndexStore.open(path) as store, store.snapshot() as snapshot:
         IndexStore.open(path).close()
         assert verify(path) == []
-        assert (
-            elsewhere(WRITE, os.path.join(path, "items.sqlite")) == snapshot.row_count // 2
-        )  # its close would clean up
+        seen = elsewhere(PLAIN_READ, os.path.join(path, "items.sqlite"))  # whose close would clean up
+        assert seen == snapshot.row_count // 2
         assert os.path.exists(os.path.join(path, "items.sqlite-wal"))
         with IndexStore.open(path, write=True) as writer:
             writer.commit(Batch(upserts=[upsert("new")]))
@@ -113,6 +119,100 @@ def test_files_are_told_apart_by_what_they_are_not_by_name(quick_path):
     other.close()
     db.close()
     assert not connections._files
+
+
+def test_an_attached_database_is_held_until_the_connection_closes(quick_path):
+    """A nested index that is read through the writer's connection, when its own connection has gone."""
+    outer, inner = (connect(str(quick_path / name)) for name in ("a.sqlite", "b.sqlite"))
+    inner.execute("PRAGMA journal_mode = WAL")
+    inner.execute("CREATE TABLE items (x)")
+    outer.hold(str(quick_path / "b.sqlite"))
+    outer.execute("ATTACH DATABASE ? AS inner", (str(quick_path / "b.sqlite"),))
+    assert outer.execute("SELECT count(*) FROM inner.items").fetchall() == [(0,)]
+    database_digest(str(quick_path / "b.sqlite"))
+    inner.close()
+    assert elsewhere(PLAIN_READ, str(quick_path / "b.sqlite")) == 0
+    assert os.path.exists(quick_path / "b.sqlite-wal")
+    outer.close()
+    assert not connections._files
+
+
+def test_a_connection_that_nobody_closed_is_not_counted_for_ever(quick_path):
+    """One that is dropped is let go, with what was kept for it."""
+    path, before = str(quick_path / "a.sqlite"), open_files()
+    db = connect(path)
+    db.execute("CREATE TABLE t (x)")
+    database_digest(path)
+    del db
+    gc.collect()
+    assert not connections._files
+    assert open_files() == before
+
+
+def test_a_file_that_goes_while_it_is_opened_is_an_error_of_sqlite(quick_path, monkeypatch):
+    """Callers know SQLite's errors; what they make of them says which file it was."""
+    real = os.stat
+
+    def gone(path, **rest):
+        if str(path).endswith("items.sqlite"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real(path, **rest)
+
+    path = make_index(quick_path / "index")
+    monkeypatch.setattr(connections.os, "stat", gone)
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        connect(os.path.join(path, "items.sqlite"))
+    with pytest.raises(MmsearchError, match=r"items\.sqlite"):
+        ReaderConnection(os.path.join(path, "items.sqlite"))
+    monkeypatch.undo()
+    assert not connections._files
+
+
+def test_a_forked_child_begins_anew(quick_path):
+    """It has none of the locks, waits for no thread of its parent, and closing what it inherited does no harm."""
+    path = make_index(quick_path / "index")
+    db = connect(os.path.join(path, "items.sqlite"))
+
+    def child(tell):
+        db.close()
+        with IndexStore.open(path) as store, store.snapshot() as snapshot:
+            tell(snapshot.row_count)
+
+    busy, done = threading.Event(), threading.Event()
+
+    def opening():
+        with connections._lock:
+            busy.set()
+            done.wait()
+
+    thread = threading.Thread(target=opening)
+    thread.start()
+    busy.wait()
+    try:
+        assert in_child(child) == (0, ["8"])
+    finally:
+        done.set()
+        thread.join()
+    db.close()
+    assert not connections._files
+
+
+def test_threads_may_open_and_check_at_once(quick_path):
+    """All digests agree, and nothing is left."""
+    path, before = str(quick_path / "a.sqlite"), open_files()
+    with contextlib.closing(connect(path)) as db:
+        db.execute("CREATE TABLE t (x)")
+    right = file_digest(path)
+
+    def work(_):
+        with contextlib.closing(connect(path)) as db:
+            db.execute("SELECT * FROM t").fetchall()
+            return database_digest(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, range(200))) == {right}
+    assert not connections._files
+    assert open_files() == before
 
 
 def test_a_file_that_cannot_be_opened_is_not_counted(quick_path):
