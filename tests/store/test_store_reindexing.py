@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from store_kit import (
 
 from mmsearch.errors import IndexDamagedError, ResourceError, UsageError
 from mmsearch.store import Batch, IndexStore, Upsert
+from mmsearch.store.connections import database_digest
 from mmsearch.store.reindexing import Reindexing, abort
 from mmsearch.types import Modality, ModelIdentity
 
@@ -342,3 +345,17 @@ def test_an_index_has_one_model_at_a_time(quick_path):
     with IndexStore.open(path, write=True) as store, pytest.raises(UsageError, match="another model"):
         begin(store, store.model)
     assert not os.path.exists(os.path.join(path, "reindex"))
+
+
+def test_the_new_rows_are_held_while_the_writer_reads_them(quick_path):
+    """`mmsearch info` of another process does not take the log of what grows in the index away."""
+    path = make(quick_path / "index")
+    with IndexStore.open(path, write=True) as store, begin(store) as work:
+        encode(work, most=1)
+        items = os.path.join(work.fresh.path, "items.sqlite")
+        database_digest(items)
+        work.fresh.close()  # as the switch does before its last step
+        assert work.left()
+        code = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); print(*db.execute('SELECT count(*) FROM items'))"
+        subprocess.run([sys.executable, "-c", code, items], check=True, capture_output=True)
+        assert os.path.exists(items + "-wal")
