@@ -77,7 +77,7 @@ def trained(fusion: str, folder: Path, options: argparse.Namespace) -> dict[str,
     if not report.exists():
         print(f"{fusion}:", file=sys.stderr, flush=True)
         given = {
-            "rerank.fusion": fusion, "run.seed": options.seed, "run.epochs": options.epochs,
+            "rerank.fusion": fusion, "rerank.start": "", "run.seed": options.seed, "run.epochs": options.epochs,
             "run.views_folder": str(folder.parent / "views"), "start.model": options.model,
         }  # fmt: skip
         settings = gathered(

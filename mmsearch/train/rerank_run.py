@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from mmsearch.train.negatives import mine
 from mmsearch.train.pictures import Feed, KeptFeed
 from mmsearch.train.rerank_pictures import PictureReader
 from mmsearch.train.rerank_report import RerankReport, card_of, of_picture, plain_scoring, with_cutoff
-from mmsearch.train.rerank_start import build_reranker, start_identity
+from mmsearch.train.rerank_start import build_reranker, earlier_banks, start_identity, with_start
 from mmsearch.train.rerank_trainer import RerankParts, RerankTrainer
 from mmsearch.train.rerank_validation import HeldOut, RerankValidation, a_part
 from mmsearch.train.run import HELD_OUT, REPORT, SETTINGS, claimed, forget, resources, write_json, write_pairs
@@ -74,8 +75,6 @@ def train_reranker(
     started, folder = time.monotonic(), Path(out)
     if int((environ or {}).get("WORLD_SIZE", "1")) > 1:
         raise UsageError("torchrun", expected="one process for --stage rerank", got="several", do="Start it plainly.")
-    if not settings.run.epochs and not settings.rerank.start:
-        raise UsageError("run.epochs", expected="1 or more without rerank.start", got="0")
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     device = pick_device(settings.run.device)
@@ -93,6 +92,9 @@ def train_reranker(
         directory, name = locate(settings.start.model)
         if not is_checkpoint(directory):
             raise ModelError(str(directory), expected="a checkpoint that mmsearch trained", got="another model")
+        settings = replace(settings, rerank=with_start(settings.rerank, towers=settings.start.model))
+        if not settings.run.epochs and not settings.rerank.start:
+            raise UsageError("run.epochs", expected="1 or more without rerank.start", got="0")
         start = Beginning(load_dual_encoder(directory), (directory / TOKENIZER).read_text("utf-8"), name, known=True)
         bench = Bench(
             settings, folder, watcher or Silent(), Ranks(device), examples, start, skipped=list(examples.skipped)
@@ -118,9 +120,9 @@ class _Job:
             towers, dtype=pick_precision(settings.run.precision, bench.ranks.device), device=bench.ranks.device
         )
         torch.manual_seed(settings.run.seed)
-        self.model = build_reranker(
-            settings.rerank, bench.start.model, captions=sum(len(pair.captions) for pair in bench.examples.train)
-        ).to(bench.ranks.device)
+        self._earlier = earlier_banks(settings.rerank, Checkpoint.open(directory).identity)
+        captions = sum(len(pair.captions) for pair in bench.examples.train) + len(self._earlier[0])
+        self.model = build_reranker(settings.rerank, bench.start.model, captions=captions).to(bench.ranks.device)
         self.pixels = PixelFeed(
             bench.examples.train, preprocessing=towers.config.preprocessing, tokeniser=bench.start.tokeniser(),
             augmentation=settings.augment, workers=settings.data.workers, on_skip=bench.skip,
@@ -235,14 +237,18 @@ class _Job:
 
     @torch.no_grad()
     def _fill_banks(self, text_rows: Tensor) -> None:
-        """Rows of training captions and pictures, chosen by the seed; fewer than asked for are taken several times."""
+        """Rows of training captions and pictures, chosen by the seed, then those that what is gone on with has.
+
+        Fewer than asked for are taken several times.
+        """
         bench, count = self.bench, self.model.config.bank
         if not count:
             return
         path = bench.folder / f"banks-{self._digest}.npy"
         draw = np.random.default_rng(bench.settings.run.seed)
-        chosen = _filled_up(draw.permutation(len(text_rows)), count)
-        self.model.caption_bank.copy_(text_rows[torch.from_numpy(chosen)])
+        texts, pictures = self._earlier
+        chosen = text_rows.numpy()[draw.permutation(len(text_rows))]
+        self.model.caption_bank.copy_(_filled_up(np.concatenate([chosen, texts]), count))
         pairs = bench.examples.train
         wanted = np.sort(draw.permutation(len(pairs))[: min(count, len(pairs))])
         if path.exists():  # of the run that this one goes on from
@@ -257,8 +263,8 @@ class _Job:
             draft = path.with_suffix(".draft.npy")
             np.save(draft, rows)
             draft.replace(path)
-        there = np.flatnonzero(np.linalg.norm(rows, axis=1) > 0.5)
-        self.model.picture_bank.copy_(torch.from_numpy(rows[_filled_up(draw.permutation(there), count)]))
+        there = rows[draw.permutation(np.flatnonzero(np.linalg.norm(rows, axis=1) > 0.5))]
+        self.model.picture_bank.copy_(_filled_up(np.concatenate([there, pictures]), count))
 
     def _rarity(self, held: HeldOut) -> tuple[np.ndarray, np.ndarray]:
         captions, pictures = (bank.cpu().numpy() for bank in (self.model.caption_bank, self.model.picture_bank))
@@ -345,6 +351,6 @@ class _Job:
         return report
 
 
-def _filled_up(chosen: np.ndarray, count: int) -> np.ndarray:
-    """(count,) of them, from the first on again where there are fewer."""
-    return np.resize(chosen, count)
+def _filled_up(rows: np.ndarray, count: int) -> Tensor:
+    """(n, d) -> the first `count` of them, from the first on again where there are fewer."""
+    return torch.from_numpy(np.resize(rows, (count, rows.shape[1])))

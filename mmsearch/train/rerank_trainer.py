@@ -103,6 +103,8 @@ class RerankTrainer:
 
     def run(self, journal: Journal) -> None:
         """From where `progress` stands to the end."""
+        if self.settings.rerank.start and self.settings.run.epochs and self.progress.best_score < 0:
+            self._judge(journal, epoch=-1)  # what is gone on with may be better than all that comes
         self.parts.watcher.start(self.steps, what="training", unit="steps")
         self.parts.watcher.advance(self.progress.step)
         while not self._ended():
@@ -119,7 +121,7 @@ class RerankTrainer:
     def _ended(self) -> bool:
         run, progress = self.settings.run, self.progress
         tired = bool(
-            run.patience and progress.best_epoch >= 0 and progress.epoch - 1 - progress.best_epoch >= run.patience
+            run.patience and progress.best_score >= 0 and progress.epoch - 1 - progress.best_epoch >= run.patience
         )
         return tired or progress.epoch >= run.epochs or progress.step >= self.steps
 
@@ -247,25 +249,31 @@ class RerankTrainer:
     # Between epochs
 
     def _close_epoch(self, journal: Journal) -> None:
+        progress = self.progress
+        progress.history.append(self._judge(journal, epoch=progress.epoch))
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        self._save()
+
+    def _judge(self, journal: Journal, *, epoch: int) -> float:
+        """The score after an epoch (-1: before the first), which is kept when it is the best so far."""
         progress, found = self.progress, self.measure()
-        score = float(progress.epoch) if found is None else score_of(found.second)
-        progress.history.append(score)
+        score = float(epoch) if found is None else score_of(found.second)
         if score > progress.best_score:
-            progress.best_score, progress.best_epoch = score, progress.epoch
+            progress.best_score, progress.best_epoch = score, epoch
             with self._averaged():
                 kept = {name: value.detach().cpu().contiguous().clone() for name, value in self._moving.items()}
-                self.parts.keep_best(progress.epoch)
+                self.parts.keep_best(epoch)
             save_tensors(self.parts.folder / BEST_STATE, kept)
         if found is not None:
             ways = {"text_to_image": found.second.text_to_image, "image_to_text": found.second.image_to_text}
             values = {f"val/{way}/hit@{k}": one.values[f"hit@{k}"] for way, one in ways.items() for k in (1, 5, 10)}
             journal.log(progress.step, {**values, "val/score": score})
-            star = "  (best so far)" if progress.best_epoch == progress.epoch else ""
+            star = "  (best so far)" if progress.best_epoch == epoch else ""
             cells = [" / ".join(f"{100 * one.values[f'hit@{k}']:.1f}" for k in (1, 5, 10)) for one in ways.values()]
             told = f"text -> image hit@1/5/10 {cells[0]}, image -> text {cells[1]}"
-            self.parts.watcher.note(f"epoch {progress.epoch + 1}: re-ranked {told}{star}")
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        self._save()
+            when = f"epoch {epoch + 1}" if epoch >= 0 else "as it starts"
+            self.parts.watcher.note(f"{when}: re-ranked {told}{star}")
+        return score
 
     def measure(self, *, name: str = "re-ranked") -> Found | None:
         """The averaged model on the held-out pairs; None without any."""

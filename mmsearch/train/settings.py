@@ -147,11 +147,11 @@ class Rerank:
     `layers_rate`: of the layers taken over from the text tower, as a share of `run.lr`. `bank`: rows of captions and of
     pictures that say how common a candidate is, 0 for none. `image_train`: last stages of an image backbone of the
     re-ranker's own that learn too, at `image_rate` of `run.lr`; 0: it reads the tower's. `image_weights`: where that
-    backbone starts, "" as the tower's. `start`: a model whose re-ranker is gone on with, shape and all. `depth`,
-    `val_pictures`, `val_texts`: candidates a query and the most pictures and captions that an epoch is measured on.
+    backbone starts, "" as the tower's. `start`: whose re-ranker is gone on with ("auto": `start.model`'s where it
+    fits, "": none). `depth`, `val_pictures`, `val_texts`: candidates a query; most pictures, captions an epoch's end.
     """
 
-    start: str = ""
+    start: str = "auto"
     fusion: str = "late-interaction"
     patch_dim: int = 384
     grid: int = 5

@@ -356,6 +356,6 @@ def test_the_new_rows_are_held_while_the_writer_reads_them(quick_path):
         database_digest(items)
         work.fresh.close()  # as the switch does before its last step
         assert work.left()
-        code = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); print(*db.execute('SELECT count(*) FROM items'))"
+        code = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM items'))"
         subprocess.run([sys.executable, "-c", code, items], check=True, capture_output=True)
         assert os.path.exists(items + "-wal")

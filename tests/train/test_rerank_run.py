@@ -181,6 +181,31 @@ def test_no_epoch_fits_scores_alone(pairs, plain_checkpoint, learned, tmp_path):
         train(chosen(pairs, plain_checkpoint, run={"epochs": 0}), tmp_path / "q")
 
 
+def test_what_is_gone_on_with_is_kept_where_nothing_better_comes(pairs, plain_checkpoint, learned, tmp_path):
+    """It is measured before the first step; a rate that ruins everything leaves it as it was."""
+    out, watch = tmp_path / "o", Watch()
+    ruin = chosen(pairs, plain_checkpoint, rerank={"start": str(learned[0])}, run={"epochs": 2, "lr": 10.0, "ema": 0.0})
+    report = train_reranker(ruin, out, watcher=watch)
+    assert (report.steps, report.best_epoch) == (6, 0)
+    assert any("as it starts: re-ranked" in note and "best so far" in note for note in watch.notes)
+    old, new = (load_rerank_model(RerankCheckpoint.open(one / "best")).state_dict() for one in (learned[0], out))
+    assert all(torch.equal(old[name], new[name]) for name in old if not name.endswith("_bank"))
+
+
+def test_too_few_rows_of_its_own_are_filled_up_with_earlier_ones(pairs, plain_checkpoint, learned, tmp_path):
+    """The run's own first, then the banks of what is gone on with, to within their eight bits."""
+    before = RerankCheckpoint.open(learned[0] / "best")
+    start = {"start": str(learned[0]), "bank": 1000}
+    train_reranker(chosen(pairs, plain_checkpoint, rerank=start, run={"epochs": 0}), tmp_path / "o")
+    after = RerankCheckpoint.open(tmp_path / "o" / "best")
+    own = after.config.bank - before.config.bank
+    assert own >= before.config.bank > 0  # of the same captions
+    for which in ("caption", "picture"):
+        old, new = before.bank(which), after.bank(which)
+        first = own if which == "caption" else learned[1].pairs - 1  # one of them cannot be read
+        assert np.allclose(new[first : first + len(old)], old[: len(new) - first], atol=0.02)
+
+
 # Saying no
 
 

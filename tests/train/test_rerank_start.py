@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from mmsearch.errors import ModelError, UsageError
 from mmsearch.rerank.checkpoint import load_rerank_model
 from mmsearch.testing import TINY_CONFIG, TINY_RERANK, tiny_checkpoint, tiny_reranker
 from mmsearch.towers.checkpoint import load_dual_encoder
-from mmsearch.train.rerank_start import build_reranker, start_identity
+from mmsearch.train.rerank_start import build_reranker, earlier_banks, start_identity, with_start
 from mmsearch.train.settings import Rerank
 
 SHAPE = {name: TINY_RERANK[name] for name in ("patch_dim", "grid", "hidden")}
@@ -56,16 +57,40 @@ def test_a_start_that_does_not_fit_is_refused(before, towers, plain_checkpoint, 
 
 def test_the_start_is_part_of_what_a_run_is(before, tmp_path):
     """Other weights in the same folder are another start; without one there is nothing to tell apart."""
-    assert start_identity(Rerank()) == ""
+    assert start_identity(Rerank(start="")) == ""
     folder = tmp_path / "model"
     first = start_identity(Rerank(start=str(tiny_reranker(folder, seed=1).directory)))
     assert first == start_identity(Rerank(start=str(folder)))
     assert first != start_identity(Rerank(start=str(tiny_reranker(folder, seed=2).directory)))
 
 
+def test_the_towers_own_re_ranker_is_gone_on_with_where_it_fits(before, plain_checkpoint):
+    """Unless another shape, another fusion, a teacher or another start is asked for; towers without one begin anew."""
+    own = str(before.directory)
+    assert Rerank().start == "auto"
+    assert with_start(Rerank(), towers=own).start == own
+    assert with_start(Rerank(dropout=0.4, mined=8), towers=own).start == own
+    for other in ({"fusion": "gated"}, {"grid": 7}, {"image_train": 2}, {"teacher": "t"}, {"start": ""}):
+        assert with_start(Rerank(**other), towers=own).start == ""
+    assert with_start(Rerank(start="bundled"), towers=own).start == "bundled"
+    assert with_start(Rerank(), towers=str(plain_checkpoint.directory)).start == ""
+    assert with_start(Rerank(), towers=own) == Rerank(start=own)
+
+
+def test_banks_are_gone_on_with_where_the_towers_are_the_same(before):
+    """Rows of other towers are of another space, and without a start there are none."""
+    same, other = before.towers.identity, dataclasses.replace(before.towers.identity, weights="others")
+    captions, pictures = earlier_banks(Rerank(start=str(before.directory)), same)
+    assert captions.shape == pictures.shape == (4, 8)
+    assert np.array_equal(captions, before.bank("caption")) and np.array_equal(pictures, before.bank("picture"))
+    assert not np.array_equal(captions, pictures)
+    for wanted, towers in ((Rerank(start=""), same), (Rerank(start=str(before.directory)), other)):
+        assert [rows.shape for rows in earlier_banks(wanted, towers)] == [(0, 8), (0, 8)]
+
+
 def test_without_a_start_the_settings_say_the_shape(towers):
     """Vector fusions have no use for a backbone of their own."""
-    model = build_reranker(Rerank(fusion="cross-attention", layers=1, **SHAPE), towers, captions=3)
+    model = build_reranker(Rerank(start="", fusion="cross-attention", layers=1, **SHAPE), towers, captions=3)
     assert (model.config.fusion, model.config.layers, model.config.bank) == ("cross-attention", 1, 3)
     with pytest.raises(UsageError, match="reads no patches"):
-        build_reranker(Rerank(fusion="gated", image_train=1, **SHAPE), towers, captions=3)
+        build_reranker(Rerank(start="", fusion="gated", image_train=1, **SHAPE), towers, captions=3)
