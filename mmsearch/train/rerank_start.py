@@ -26,8 +26,6 @@ from mmsearch.train.settings import Rerank
 from mmsearch.types import Embeddings, ModelIdentity
 
 AUTO = "auto"
-
-
 _SHAPE = (
     "patch_dim", "grid", "text_layer", "layers", "width", "hidden", "image_train", "image_weights",
 )  # fmt: skip

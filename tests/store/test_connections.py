@@ -149,6 +149,24 @@ def test_a_connection_that_nobody_closed_is_not_counted_for_ever(quick_path):
     assert open_files() == before
 
 
+def test_a_name_that_changes_hands_while_it_is_opened_does_not_mix_files(quick_path, monkeypatch):
+    """What was opened counts as what it is, not as what had the name a moment before."""
+    path, old = str(quick_path / "a.sqlite"), str(quick_path / "old.sqlite")
+    with contextlib.closing(connect(path)) as db:
+        db.execute("CREATE TABLE t (x)")
+        before = os.stat(path)
+        os.replace(path, old)
+        with contextlib.closing(connect(path)) as other:
+            other.execute("CREATE TABLE u (y, z)")
+        real = os.stat
+        monkeypatch.setattr(connections.os, "stat", lambda name: before if name == path else real(name))
+        found = database_digest(path)
+        monkeypatch.undo()
+        assert found == file_digest(path)
+        assert database_digest(old) == file_digest(old) != found
+    assert not connections._files
+
+
 def test_a_file_that_goes_while_it_is_opened_is_an_error_of_sqlite(quick_path, monkeypatch):
     """Callers know SQLite's errors; what they make of them says which file it was."""
     real = os.stat
