@@ -20,8 +20,8 @@ SHARDS_NAME = "shards.json"
 _SIZE_LIMIT = 1 << 20
 
 
-class Opened(Protocol):
-    """An open index, or several as one: `OneIndex`, `shards.Shards`."""
+class Described(Protocol):
+    """An index as far as two of them can be told to belong together."""
 
     @property
     def path(self) -> str:
@@ -34,13 +34,17 @@ class Opened(Protocol):
         ...
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """How its pictures were prepared."""
-        ...
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         """What it was made with; `model` is what to load."""
+        ...
+
+
+class Opened(Described, Protocol):
+    """An open index, or several as one: `OneIndex`, `shards.Shards`."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its pictures were prepared."""
         ...
 
     def view(self, old: View | None = None) -> View:
@@ -100,25 +104,6 @@ def check_same_space(of_index: ModelIdentity, got: ModelIdentity, *, where: str,
         )
 
 
-class Described(Protocol):
-    """An index as far as two of them can be told to belong together."""
-
-    @property
-    def path(self) -> str:
-        """What messages call it."""
-        ...
-
-    @property
-    def model(self) -> ModelIdentity:
-        """Whose vectors these are."""
-        ...
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What it was made with."""
-        ...
-
-
 def check_alike(first: Described, other: Described, *, to_be: str, model: str, items: str) -> None:
     """Raise `IndexMismatchError` unless rows of the two can be compared, and stand for the same kind of thing.
 
@@ -126,10 +111,19 @@ def check_alike(first: Described, other: Described, *, to_be: str, model: str, i
     where models differ, `items` where the kinds of item vectors do.
     """
     check_same_space(first.model, other.model, where=f"{other.path}, {to_be} {first.path}", do=model)
-    kinds = [str(one.settings.get("item_vectors", "separate")) for one in (first, other)]
+    check_same_kind(first.settings, other.settings, where=other.path, whose=f", as {first.path} has them", do=items)
+
+
+def check_same_kind(
+    of_index: Mapping[str, Any], got: Mapping[str, Any], *, where: str, do: str, whose: str = ""
+) -> None:
+    """Raise `IndexMismatchError` unless rows made with these settings stand for the same: both apart, or both fused.
+
+    `whose`: what the message adds to the kind that is expected.
+    """
+    kinds = [str(settings.get("item_vectors", "separate")) for settings in (of_index, got)]
     if kinds[0] != kinds[1]:
-        expected = f"{kinds[0]} item vectors, as {first.path} has them"
-        raise IndexMismatchError(other.path, expected=expected, got=kinds[1], do=items)
+        raise IndexMismatchError(where, expected=f"{kinds[0]} item vectors{whose}", got=kinds[1], do=do)
 
 
 def directories(paths: Iterable[str | os.PathLike[str]]) -> list[str]:

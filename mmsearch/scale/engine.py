@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from mmsearch.errors import IndexDamagedError, IndexMismatchError, MissingExtraError, UsageError
+from mmsearch.opened import check_same_kind
 from mmsearch.scale.address import Address
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Item, Modality, ModelIdentity, Preprocessing, Scores
@@ -248,10 +249,7 @@ def refuse_other_model(has: ModelIdentity, got: ModelIdentity, *, where: str) ->
 
 def refuse_other_kind(has: Mapping[str, Any], got: Mapping[str, Any], *, where: str) -> None:
     """Raise `IndexMismatchError` unless rows of both stand for the same: picture and caption apart, or fused."""
-    kinds = [str(settings.get("item_vectors", "separate")) for settings in (has, got)]
-    if kinds[0] != kinds[1]:
-        do = "Keep the two kinds apart: another collection, or shards of one kind."
-        raise IndexMismatchError(where, expected=f"{kinds[0]} item vectors", got=kinds[1], do=do)
+    check_same_kind(has, got, where=where, do="Keep the two kinds apart: another collection, or shards of one kind.")
 
 
 def _shown(model: ModelIdentity) -> str:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mmsearch.store.checksums import digest_of
+from mmsearch.store.disk import file_key
 
 _PIECE = 1 << 20
 _Key = tuple[int, int]
@@ -61,7 +62,7 @@ class Connection(sqlite3.Connection):
         """
         with _lock:
             try:
-                key = _key_of(os.stat(path))
+                key = file_key(os.stat(path))
             except OSError as error:  # gone since it was opened
                 gone = sqlite3.OperationalError(f"unable to open database file: {error.strerror}")
                 gone.sqlite_errorcode, gone.sqlite_errorname = sqlite3.SQLITE_CANTOPEN, "SQLITE_CANTOPEN"
@@ -99,10 +100,10 @@ def connect(path: str, *, address: str | None = None) -> Connection:
 def _reading(path: str) -> Iterator[int]:
     """A descriptor for `os.pread`; it outlives the block while connections to the file are open."""
     with _lock:
-        key = _key_of(os.stat(path))
+        key = file_key(os.stat(path))
         if key not in _files or not _files[key].descriptors:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            key = _key_of(os.fstat(descriptor))  # the name may stand for another file by now
+            key = file_key(os.fstat(descriptor))  # the name may stand for another file by now
             _files.setdefault(key, _File()).descriptors.append(descriptor)
         _files[key].users += 1
         descriptor = _files[key].descriptors[0]
@@ -123,10 +124,6 @@ def _let_go(key: _Key) -> None:
         del _files[key]
         for descriptor in file.descriptors:
             os.close(descriptor)
-
-
-def _key_of(facts: os.stat_result) -> _Key:
-    return facts.st_dev, facts.st_ino
 
 
 def _pieces(path: str) -> Iterator[bytes]:

@@ -83,6 +83,11 @@ def sqlite_fault(error: sqlite3.Error, where: str) -> MmsearchError:
     return IndexDamagedError(where, expected="an intact database", got=f"{detail} ({error})", do=REBUILD)
 
 
+def file_key(facts: os.stat_result) -> tuple[int, int]:
+    """Device and inode: what tells files apart whatever their names, for the system and its locks too."""
+    return facts.st_dev, facts.st_ino
+
+
 @contextmanager
 def sqlite_guard(where: str) -> Iterator[None]:
     """Turn SQLite's errors into ours. Text that no longer decodes is damage as well."""

@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError
-from mmsearch.store.disk import REENCODE
+from mmsearch.store.disk import REENCODE, file_key
 from mmsearch.types import Embeddings, Rows
 
 FIRST_NAME = "vectors.f16"
@@ -59,7 +59,7 @@ class VectorFile:
                 got=f"{facts.st_size:,}",
                 do=REENCODE,
             )
-        self._file = _which(facts)
+        self._file = file_key(facts)
         self._scattered: NDArray[np.float16] | None = None
         self._map: NDArray[np.float16] = (
             np.memmap(path, dtype=HALF, mode="r", shape=(rows, dim)) if rows else np.empty((0, dim), HALF)
@@ -84,7 +84,7 @@ class VectorFile:
             return self._map
         try:
             with open(self.path, "rb") as file:
-                if _which(os.fstat(file.fileno())) != self._file:
+                if file_key(os.fstat(file.fileno())) != self._file:
                     return self._map  # another index has taken the name
                 mapped = mmap.mmap(file.fileno(), self.rows * self.dim * BYTES_PER_NUMBER, access=mmap.ACCESS_READ)
         except OSError:  # a compaction has replaced it; the first mapping is still there
@@ -113,11 +113,6 @@ class VectorFile:
     def gather(self, rows: Rows) -> Embeddings:
         """(n,) row numbers -> (n, d) float32."""
         return np.asarray(self._map[np.asarray(rows, dtype=np.int64)], dtype=np.float32)
-
-
-def _which(facts: os.stat_result) -> tuple[int, int]:
-    """What tells files apart whatever their names."""
-    return facts.st_dev, facts.st_ino
 
 
 def split(first: int, rows: NDArray[np.float16]) -> Iterator[tuple[int, int, str]]:

@@ -120,7 +120,7 @@ class _Job:
             towers, dtype=pick_precision(settings.run.precision, bench.ranks.device), device=bench.ranks.device
         )
         torch.manual_seed(settings.run.seed)
-        self._earlier = earlier_banks(settings.rerank, Checkpoint.open(directory).identity)
+        self._earlier = earlier_banks(settings.rerank, self._encoder.identity)
         captions = sum(len(pair.captions) for pair in bench.examples.train) + len(self._earlier[0])
         self.model = build_reranker(settings.rerank, bench.start.model, captions=captions).to(bench.ranks.device)
         self.pixels = PixelFeed(

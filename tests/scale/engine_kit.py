@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmsearch.scale.engine import Collection, Entry
+from mmsearch.scale.engine import Collection, Entry, open_engine
 from mmsearch.scale.local_engine import LocalEngine
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import Item, Modality, ModelIdentity, Preprocessing
@@ -116,6 +116,24 @@ def small_ray():
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def opened(uri: str):
+    """The engine at an address, closed afterwards."""
+    engine = open_engine(uri)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def with_settings(path: str, **settings) -> str:
+    """The index at that path, with more settings."""
+    with IndexStore.open(path, write=True) as store:
+        store.note_settings({**store.settings, **settings})
+        store.finish()
+    return path
 
 
 def empty_indexes(folder, count: int, collection: Collection = COLLECTION) -> list[str]:

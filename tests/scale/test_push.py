@@ -1,7 +1,7 @@
 """What a push promises of any engine, told with index directories: several indexes, kinds of vectors, marks."""
 
 import pytest
-from engine_kit import entries, entry, make_index
+from engine_kit import entries, entry, make_index, with_settings
 
 from mmsearch.errors import IndexMismatchError
 from mmsearch.scale.address import Address
@@ -10,14 +10,6 @@ from mmsearch.scale.engine_searcher import EngineSearcher
 from mmsearch.scale.local_engine import LocalEngine
 from mmsearch.scale.push import push
 from mmsearch.store.directory import IndexStore
-
-
-def note(path: str, **settings) -> str:
-    """The index at that path, with more settings."""
-    with IndexStore.open(path, write=True) as store:
-        store.note_settings({**store.settings, **settings})
-        store.finish()
-    return path
 
 
 def test_of_an_id_in_two_indexes_the_first_named_is_pushed(tmp_path):
@@ -34,7 +26,8 @@ def test_of_an_id_in_two_indexes_the_first_named_is_pushed(tmp_path):
 
 def test_two_kinds_of_item_vectors_are_not_pushed_together(tmp_path):
     """Neither from two indexes, nor into a collection of the other kind."""
-    plain, fused = make_index(tmp_path / "a", entries(2)), note(make_index(tmp_path / "b", []), item_vectors="fused")
+    plain = make_index(tmp_path / "a", entries(2))
+    fused = with_settings(make_index(tmp_path / "b", []), item_vectors="fused")
     uri = (tmp_path / "mirror").as_uri()
     with pytest.raises(IndexMismatchError, match=r"separate item vectors.*fused"):
         push([plain, fused], uri)
@@ -47,7 +40,7 @@ def test_a_mark_keeps_what_another_writer_noted_meanwhile(tmp_path):
     """Settings are read when the lock is held, not before."""
     path = make_index(tmp_path / "a", [])
     engine = LocalEngine.open(Address.parse((tmp_path / "a").as_uri()))
-    note(path, index={"kind": "exact"})
+    with_settings(path, index={"kind": "exact"})
     engine.set_mark("half")
     engine.finish()
     engine.close()

@@ -1,13 +1,11 @@
 """Shards behind Ray that are changed: an id that two of them have, pushes that are killed, locks, and who may join."""
 
-import contextlib
 import json
 
 import pytest
-from engine_kit import entry, make_index, small_ray, unit
+from engine_kit import entry, make_index, opened, small_ray, unit, with_settings
 
 from mmsearch.errors import IndexMismatchError, StoreError
-from mmsearch.scale.engine import open_engine
 from mmsearch.scale.push import push
 from mmsearch.scale.ray_serve import NAMESPACE, serve
 from mmsearch.searcher import Searcher
@@ -25,23 +23,6 @@ NEW = [entry(f"e{i:03d}", i, path=None) for i in range(20)]  # of the same ids, 
 def ray():
     with small_ray() as started:
         yield started
-
-
-@contextlib.contextmanager
-def opened(uri: str):
-    engine = open_engine(uri)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def with_settings(path: str, **settings) -> str:
-    """The index at that path, with more settings."""
-    with IndexStore.open(path, write=True) as store:
-        store.note_settings({**store.settings, **settings})
-        store.finish()
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Shards behind Ray actors: equal answers, dead and slow shards, and who may join."""
 
-import contextlib
 import os
 import shutil
 import time
@@ -8,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_kit import COLLECTION, MODEL, OTHER, change_index, entries, entry, make_index, small_ray, unit
+from engine_kit import COLLECTION, MODEL, OTHER, change_index, entries, entry, make_index, opened, small_ray, unit
 
 from mmsearch.errors import IndexMismatchError, IndexNotFoundError, StoreError, UsageError
 from mmsearch.scale.engine import open_engine
@@ -43,15 +42,6 @@ def kill(ray, name: str, *, restarts: bool) -> None:
     """End a shard's process, or the actor for good."""
     actor = ray.get_actor(name, namespace=NAMESPACE)
     ray.kill(actor, no_restart=not restarts)
-
-
-@contextlib.contextmanager
-def opened(uri: str):
-    engine = open_engine(uri)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def wait_until(holds, seconds: float = 20.0) -> bool:
