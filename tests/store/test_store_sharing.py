@@ -311,7 +311,12 @@ def test_an_error_of_the_system_at_opening_is_one_of_ours(quick_path):
 def test_scattered_rows_are_all_rows_also_when_the_file_has_gone(quick_path):
     """What candidates are scored with: the rows by their numbers, whatever a writer does meanwhile."""
     path = make_index(quick_path / "index", 6)
-    with IndexStore.open(path) as store, store.snapshot() as snapshot:
+    with (
+        IndexStore.open(path) as store,
+        store.snapshot() as snapshot,
+        store.snapshot() as late,
+        store.snapshot() as last,
+    ):
         rows = snapshot.block(0, snapshot.row_count).copy()
         early = snapshot.scattered()
         assert np.array_equal(early, rows)
@@ -322,5 +327,8 @@ def test_scattered_rows_are_all_rows_also_when_the_file_has_gone(quick_path):
         assert not os.path.exists(snapshot.vectors_path)
         assert np.array_equal(early, rows)
         assert np.array_equal(snapshot.scattered(), rows)
+        assert np.array_equal(late.scattered(), rows)  # asked for the first time
+        Path(last.vectors_path).write_bytes(bytes(rows.nbytes))
+        assert np.array_equal(last.scattered(), rows)  # another file has the name
     with create(quick_path / "empty") as store, store.snapshot() as snapshot:
         assert snapshot.scattered().shape == (0, snapshot.dim)
