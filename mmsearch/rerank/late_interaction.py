@@ -20,6 +20,7 @@ from torch.nn import functional
 from mmsearch.errors import ModelError
 from mmsearch.rerank.base import Fusion, ImageSide, TextSide
 from mmsearch.rerank.config import RerankConfig
+from mmsearch.rerank.late_scores import late_scores
 from mmsearch.rerank.layers import Layer, Logit, PatchInput, blank_masked, copy_layers, cosine, mask_bias
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class _Words(NamedTuple):
 
     def cut(self, start: int, stop: int) -> _Words:
         return _Words(*(part[start:stop] for part in self))
+
+    def short(self, length: int) -> _Words:
+        """Only the first `length` places; what is behind must be masked."""
+        return _Words(self.vectors[:, :length], self.shares[:, :length], self.bias[:, :length], self.pooled)
 
 
 class _Patches(NamedTuple):
@@ -60,8 +65,8 @@ class LateInteraction(Fusion):
     shares, a, b, c are learned; `e` starts at 0. Attention: softmax over patches of λ s.
     """
 
-    floats_at_once = 1 << 24
-    """How many similarities `pairwise` holds in one piece (64 MiB of float32)."""
+    floats_at_once = 1 << 25
+    """About how many similarities `pairwise` holds in one piece (128 MiB of float32)."""
 
     def __init__(self, config: RerankConfig, *, dim: int, text_width: int) -> None:
         super().__init__(config, dim=dim, text_width=text_width)
@@ -85,25 +90,35 @@ class LateInteraction(Fusion):
         """See the class."""
         words, patches = self._words(text), self._patches(image)
         similarity = (words.vectors @ patches.vectors.transpose(1, 2)).float()  # (b, t, p)
-        logits, attention = self._score(similarity, words, patches)
+        to_patches, to_words = self.log_sharpness.exp()
+        attention = torch.softmax(to_patches * similarity, dim=-1)
+        by_words = ((attention * similarity).sum(dim=-1) * words.shares).sum(dim=-1)
+        looking = torch.softmax(to_words * similarity + words.bias.unsqueeze(-1), dim=-2)
+        by_patches = ((looking * similarity).sum(dim=-2) * patches.shares).sum(dim=-1)
+        logits = self._mixed(by_words, by_patches, cosine(words.pooled, patches.pooled))
         return logits + self.cosine_scale * cosine(text.rows, image.rows), attention
 
     def pairwise(self, text: TextSide, image: ImageSide) -> Tensor:
-        """As the base says, in chunks of at most about `floats_at_once` similarities; each side is read once."""
+        """As the base says, in chunks of about `floats_at_once` similarities; each side is read once.
+
+        Texts of like length share a chunk, cut to its longest: padding takes no part, and would be half of the work.
+        """
         self.check(text, image)
         b, n = len(text.rows), len(image.rows)
         if not b or not n:
             return text.rows.new_zeros((b, n), dtype=torch.float32)
         words, patches = self._words(text), self._patches(image)
-        a_pair = patches.vectors.shape[1] * max(words.vectors.shape[1], 1)
-        pictures = max(1, min(n, self.floats_at_once // a_pair))
-        texts = max(1, self.floats_at_once // (a_pair * pictures))
-        late = torch.cat(
-            [
-                torch.cat([self._all_pairs(some, patches.cut(i, i + pictures)) for i in range(0, n, pictures)], dim=1)
-                for some in (words.cut(i, i + texts) for i in range(0, b, texts))
-            ]
-        )
+        order, lengths = _by_length(text.mask)
+        words, p = _Words(*(part[order] for part in words)), patches.vectors.shape[1]
+        pieces, start = [], 0
+        while start < b:
+            pictures = max(1, min(n, self.floats_at_once // (p * lengths[start])))
+            stop = start + max(1, self.floats_at_once // (p * lengths[start] * pictures))
+            some = words.cut(start, min(stop, b)).short(lengths[min(stop, b) - 1])
+            parts = [self._all_pairs(some, patches.cut(i, i + pictures)) for i in range(0, n, pictures)]
+            pieces.append(torch.cat(parts, dim=1))
+            start = stop
+        late = torch.cat(pieces)[order.argsort()]
         return late + self.cosine_scale * (text.rows.float() @ image.rows.float().T)
 
     def start_from(self, backbone: BertModel) -> None:
@@ -128,19 +143,24 @@ class LateInteraction(Fusion):
         """b words, n patches -> (b, n) logits without the rows' cosine."""
         (b, t, _), (n, p, _) = words.vectors.shape, patches.vectors.shape
         flat = words.vectors.flatten(0, 1) @ patches.vectors.flatten(0, 1).T  # (b t, n p)
-        similarity = flat.float().reshape(b, t, n, p).transpose(1, 2)  # (b, n, t, p)
-        return self._score(similarity, _Words(*(part.unsqueeze(1) for part in words)), patches)[0]
+        by_words, by_patches = late_scores(
+            flat.float().reshape(b, t, n, p), words.shares.float(), words.bias, patches.shares.float(),
+            self.log_sharpness.exp(),
+        )  # fmt: skip
+        return self._mixed(by_words, by_patches, words.pooled.float() @ patches.pooled.float().T)
 
-    def _score(self, similarity: Tensor, words: _Words, patches: _Patches) -> tuple[Tensor, Tensor]:
-        """(..., t, p) float32, with words and patches that broadcast to its leading axes -> (...), (..., t, p)."""
-        to_patches, to_words = self.log_sharpness.exp()
-        attention = torch.softmax(to_patches * similarity, dim=-1)
-        by_word = ((attention * similarity).sum(dim=-1) * words.shares).sum(dim=-1)
-        looking = torch.softmax(to_words * similarity + words.bias.unsqueeze(-1), dim=-2)
-        by_patch = ((looking * similarity).sum(dim=-2) * patches.shares).sum(dim=-1)
+    def _mixed(self, by_words: Tensor, by_patches: Tensor, pooled: Tensor) -> Tensor:
         shares = torch.softmax(self.mixture, dim=0)
-        mixed = shares[0] * by_word + shares[1] * by_patch + shares[2] * cosine(words.pooled, patches.pooled)
-        return self.scale * mixed + self.bias, attention
+        mixed = shares[0] * by_words + shares[1] * by_patches + shares[2] * pooled
+        return self.scale * mixed + self.bias
+
+
+def _by_length(mask: Tensor) -> tuple[Tensor, list[int]]:
+    """(b, t) of 0/1 -> (b,) rows from short to long, and up to where each of them has words, at least 1."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    ends = (mask.bool() * places).amax(dim=1) if mask.shape[1] else mask.new_zeros(len(mask))
+    order = ends.argsort(stable=True)
+    return order, ends[order].clamp(min=1).tolist()
 
 
 def _unit(vectors: Tensor) -> Tensor:
