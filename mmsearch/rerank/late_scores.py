@@ -29,7 +29,8 @@ def late_scores(
     `word_shares` (b, t), `patch_shares` (n, p) summing to 1; `word_bias` (b, t): 0, or very low where there is no word;
     `sharpness` (2,): λ and μ, above 0.
     """
-    found: tuple[Tensor, Tensor] = _LateScores.apply(similarity, word_shares, word_bias, patch_shares, sharpness)
+    with torch.autocast(similarity.device.type, enabled=False):
+        found: tuple[Tensor, Tensor] = _LateScores.apply(similarity, word_shares, word_bias, patch_shares, sharpness)
     return found
 
 
