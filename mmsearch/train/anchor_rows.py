@@ -18,10 +18,22 @@ import torch
 from torch import Tensor
 
 from mmsearch.errors import UsageError
-from mmsearch.towers.anchor_names import FIRST_NAME, class_rows, imagenet_prompts, read_prompts
+from mmsearch.towers.anchor_names import FIRST_NAME, TEMPLATE, class_rows, imagenet_prompts, read_prompts
 from mmsearch.train.encoding import Texts, TowerPass
 
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
+
+
+def spoken(
+    prompts: str, *, classes: int, synonyms: int = 2, template: str = TEMPLATE
+) -> tuple[list[str], list[int]]:  # fmt: skip
+    """Sentences for the names of `prompts` ("imagenet", a file, or "" for what is usual), and which class each is of.
+
+    Nothing where the names of so many classes are not known.
+    """
+    if prompts == IMAGENET or (not prompts and classes == IMAGENET_CLASSES):
+        return imagenet_prompts(synonyms, template=template)
+    return read_prompts(Path(prompts), synonyms=synonyms, template=template) if prompts else ([], [])
 
 
 class AnchorRows:
@@ -41,10 +53,7 @@ class AnchorRows:
                 raise UsageError("start.anchor_prompts", expected="a model with anchors", got="one without")
             return
         self._classes = len(anchors.names)
-        if prompts == IMAGENET or (not prompts and self._classes == IMAGENET_CLASSES):
-            self._sentences, self._owners = imagenet_prompts()
-        elif prompts:
-            self._sentences, self._owners = read_prompts(Path(prompts))
+        self._sentences, self._owners = spoken(prompts, classes=self._classes)
         self._texts = Texts(self._sentences, passes, tokens, keep=keep_texts)
         named = len(set(self._owners))
         if self._sentences and named != self._classes:

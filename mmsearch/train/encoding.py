@@ -123,9 +123,10 @@ class TowerPass:
 
     def images(self, images: Tensor) -> Tensor:
         """(b, s, s, 3) uint8, or (b, ...) outputs of the prefix -> (b, d) float32 unit rows."""
-        return self._embed(self.pooled_images(images))
+        return self.embedded(self.pooled_images(images))
 
-    def _embed(self, pooled: Tensor) -> Tensor:
+    def embedded(self, pooled: Tensor) -> Tensor:
+        """(b, w) float32 pooled features of pictures -> (b, d) float32 unit rows."""
         tower = self.model.image
         if not (self._dropout and tower.training):
             return tower.embed(pooled)

@@ -1,4 +1,4 @@
-"""Keeping the photo classifier's verdicts while the backbone under it learns.
+"""Keeping what the photo classifier knows: its verdicts, and that a picture's row finds them by name.
 
 The class-name anchors read a classifier that does not learn from features that do. Captions name few of its classes,
 so nothing in the contrastive loss holds the others in place. Here the verdict on a few pictures of each batch is
@@ -6,24 +6,39 @@ pulled to what it was before the run (learning without forgetting: Li & Hoiem 20
 temperature).
 
 Decisions:
-- A part of the batch, an eighth by default: the pull is the same on average, and the step stays nearly as fast.
+- A part of the batch, an eighth, where pictures go through a backbone: the pull is the same on average, and the step
+  stays nearly as fast. All of it where pooled features are kept.
 - The reference is a copy of the stages that learn, run without a graph; frozen stages are shared.
+- Names are taught in several wordings, one a step, by their usual name alone: a search says one name, in any words.
+- The sharpness of names is a little below a trained logit_scale. A sharper one is content with smaller margins and
+  finds fewer names (recipes/README.md).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmsearch.train.encoding import TowerPass
+from mmsearch.evaluate.prompts import TEMPLATES
+from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.prefix import FrozenPrefix
 
 _PART, _FEWEST = 8, 4
+SHARPNESS = 20.0
+WORDINGS = ("{}", *TEMPLATES[:6])
+"""What a name is said in: alone, and in the sentences that class folders are evaluated with first."""
+
+
+def part_of(images: Tensor, passes: TowerPass) -> Tensor:
+    """The pictures of a batch that are looked at again."""
+    if passes.prefix is not None and passes.prefix.pools:
+        return images
+    return images[: max(_FEWEST, len(images) // _PART)]
 
 
 class KeptClasses:
@@ -45,7 +60,7 @@ class KeptClasses:
 
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """(b, ...) pictures as the step has them: adds the gradient, and tells the value."""
-        part = images[: max(_FEWEST, len(images) // _PART)]
+        part = part_of(images, self._passes)
         values = [
             self._backward(piece, share=self._weight * len(piece) / len(part), scale=scale)
             for piece in torch.split(part, self._chunk or len(part))
@@ -72,3 +87,55 @@ class KeptClasses:
             pooled = pooling(features)
         verdict: Tensor = self._classifier(pooled.float()).log_softmax(dim=-1)
         return verdict
+
+
+class KeptNames:
+    """weight · mean over pictures of top · KL(verdict || softmax over classes of sharpness · row · name); in nats.
+
+    The verdict is the classifier's on the same view, its top the largest share in it: a picture that it is not sure of
+    teaches little. The row is the picture's as a search has it, the name that of a text as a search has it: where only
+    heads learn, both follow the gradient; a text backbone that learns is followed by the anchors' rows instead.
+    `names`: the usual name of each class, in the order of the classifier. `chunk`: pictures at a time, 0 for all.
+    Draws the wording from torch's global random numbers.
+    """
+
+    def __init__(
+        self, passes: TowerPass, *, names: Sequence[str], tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        weight: float, keep_texts: bool, chunk: int = 0,
+    ) -> None:  # fmt: skip
+        self._passes, self._weight, self._chunk = passes, weight, chunk
+        said = [[wording.format(name) for name in names] for wording in WORDINGS] if keep_texts else []
+        self._said = [Texts(sentences, passes, tokens, keep=True) for sentences in said]
+
+    def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
+        """As `KeptClasses.backward`."""
+        part = part_of(images, self._passes)
+        wording = int(torch.randint(len(WORDINGS), ()))
+        values = [
+            self._backward(piece, wording=wording, share=self._weight * len(piece) / len(part), scale=scale)
+            for piece in torch.split(part, self._chunk or len(part))
+        ]
+        return math.fsum(values)
+
+    def _backward(
+        self, images: Tensor, *, wording: int, share: float, scale: Callable[[Tensor], Tensor] | None
+    ) -> float:  # fmt: skip
+        anchors = self._passes.model.image.anchors
+        assert anchors is not None  # for the type checker
+        pooled = self._passes.pooled_images(images)
+        with torch.no_grad():
+            verdict = anchors.classifier(pooled).softmax(dim=-1)
+        found = (SHARPNESS * self._passes.embedded(pooled) @ self._names(wording).T).log_softmax(dim=-1)
+        gap = (torch.xlogy(verdict, verdict) - verdict * found).sum(dim=-1)
+        value = share * (verdict.amax(dim=-1) * gap).mean()
+        if value.requires_grad:
+            torch.autograd.backward(scale(value) if scale else value)
+        return float(value.detach())
+
+    def _names(self, wording: int) -> Tensor:
+        """(classes, d) unit rows."""
+        if not self._said:
+            assert self._passes.model.image.anchors is not None  # for the type checker
+            return self._passes.model.image.anchors.names
+        pooled = self._said[wording].pooled()
+        return self._passes.texts(pooled, pooled)

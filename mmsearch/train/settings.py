@@ -73,7 +73,7 @@ class Objective:
     `hard_negatives`: mined neighbours a pair, 0 for none, drawn into `hard_share` of each batch from epoch `mine_from`;
     `teacher`: a model whose similarities are imitated with weight `teacher_weight` at multiplier `teacher_scale`;
     `modality_dropout`: probability that an item loses one side, used when the model has an item head;
-    `keep_classes`: weight of the pull on the class-name anchors' verdicts to what they were (`keeping`), 0 for none.
+    `keep_classes`, `keep_names`: weights of keeping the class-name anchors' verdicts, and of their names (`keeping`).
     """
 
     name: str = "info_nce"
@@ -89,6 +89,7 @@ class Objective:
     teacher_scale: float = 20.0
     modality_dropout: float = 0.5
     keep_classes: float = 1.0
+    keep_names: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,11 +368,10 @@ def _check_run(run: Run) -> None:
 
 
 def _check_objective(objective: Objective) -> None:
-    if not 0.0 <= objective.keep_classes <= 1000.0:
-        raise UsageError("objective.keep_classes", expected="from 0 to 1000", got=str(objective.keep_classes))
-    for name in ("smoothing", "hard_share", "modality_dropout"):
-        if not 0.0 <= getattr(objective, name) <= 1.0:
-            raise UsageError(f"objective.{name}", expected="from 0 to 1", got=str(getattr(objective, name)))
+    limits = {"smoothing": 1, "hard_share": 1, "modality_dropout": 1, "keep_classes": 1000, "keep_names": 1000}
+    for name, most in limits.items():
+        if not 0.0 <= getattr(objective, name) <= most:
+            raise UsageError(f"objective.{name}", expected=f"from 0 to {most}", got=str(getattr(objective, name)))
     for name in ("hard_negatives", "soften_epochs", "mine_from"):
         if getattr(objective, name) < 0:
             raise UsageError(f"objective.{name}", expected="0 or more", got=str(getattr(objective, name)))

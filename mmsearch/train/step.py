@@ -22,7 +22,7 @@ from mmsearch.train.chunked import Side, backward_in_chunks, chunks_of
 from mmsearch.train.distributed import Ranks
 from mmsearch.train.encoding import TowerPass
 from mmsearch.train.feed import Batch
-from mmsearch.train.keeping import KeptClasses
+from mmsearch.train.keeping import KeptClasses, KeptNames
 from mmsearch.train.losses import Distillation, InfoNce
 from mmsearch.train.modality import ItemBatch, another_caption, item_loss, modality_dropout
 from mmsearch.types import Pair
@@ -66,7 +66,7 @@ class StepParts:
     chunk: int = 0
     taught: Taught | None = None
     modality_dropout: float = 0.5
-    kept: KeptClasses | None = None
+    kept: Sequence[KeptClasses | KeptNames] = ()
 
 
 class BatchGradient:
@@ -111,9 +111,9 @@ class BatchGradient:
             return value
 
         value = float(backward_in_chunks(sides, loss, scale=scale))
-        if parts.kept is None:
+        if not parts.kept:
             return value
-        held = torch.tensor([parts.kept.backward(batch.images, scale=scale)], dtype=torch.float64)
+        held = torch.tensor([sum(kept.backward(batch.images, scale=scale) for kept in parts.kept)], dtype=torch.float64)
         return value + float(parts.ranks.gather_rows(held.to(parts.passes.device)).mean())  # each rank has its own part
 
     def _side(self, encode: Callable[[tuple[Tensor, ...]], Tensor], module: nn.Module, *tensors: Tensor) -> Side:

@@ -20,12 +20,12 @@ from mmsearch.encoder import Encoder
 from mmsearch.errors import ResourceError, UsageError
 from mmsearch.towers.image import ImageTower
 from mmsearch.towers.stages import stages
-from mmsearch.train.anchor_rows import AnchorRows
+from mmsearch.train.anchor_rows import AnchorRows, spoken
 from mmsearch.train.batches import Draw
 from mmsearch.train.bench import Bench, keep
 from mmsearch.train.encoding import Texts, TowerPass, checkpoint_activations, pick_precision
 from mmsearch.train.feed import PixelFeed, plain_pixels
-from mmsearch.train.keeping import KeptClasses
+from mmsearch.train.keeping import KeptClasses, KeptNames
 from mmsearch.train.losses import Distillation, build_objective
 from mmsearch.train.objective import Objective
 from mmsearch.train.parameters import first_trained_stage
@@ -34,7 +34,7 @@ from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix, KeptViews
 from mmsearch.train.prefix_graph import compiled_prefix
 from mmsearch.train.resident import Canvases, ResidentFeed, canvas_of
 from mmsearch.train.settings import TrainSettings
-from mmsearch.train.step import BatchGradient, StepParts, Taught
+from mmsearch.train.step import BatchGradient, StepParts, Taught, Tokens
 from mmsearch.train.trainer import Workshop
 from mmsearch.train.validation import Validation
 
@@ -80,7 +80,7 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         StepParts(
             passes, objective, bench.ranks, bench.examples.train, pixels.tokens, chunk=settings.run.chunk,
             taught=taught, modality_dropout=settings.objective.modality_dropout,
-            kept=_kept_classes(settings, passes),
+            kept=_kept(settings, passes, pixels.tokens),
         )
     )  # fmt: skip
     bench.folder.mkdir(parents=True, exist_ok=True)
@@ -229,12 +229,21 @@ def _keeps_texts(settings: TrainSettings) -> bool:
     return settings.text.train in ("head", "none") and not drops
 
 
-def _kept_classes(settings: TrainSettings, passes: TowerPass) -> KeptClasses | None:
-    """Only where there are verdicts to keep and something under them learns."""
-    tower, weight = passes.model.image, settings.objective.keep_classes
-    learns = first_trained_stage(tower, settings.image) < len(stages(tower.backbone))
-    wanted = weight and learns and tower.anchors is not None
-    return KeptClasses(passes, weight=weight, chunk=settings.run.chunk) if wanted else None
+def _kept(settings: TrainSettings, passes: TowerPass, tokens: Tokens) -> list[KeptClasses | KeptNames]:
+    """Only where there are verdicts to keep and something under them learns, names only where they are known."""
+    tower, objective, chunk = passes.model.image, settings.objective, settings.run.chunk
+    if tower.anchors is None:
+        return []
+    kept: list[KeptClasses | KeptNames] = []
+    if objective.keep_classes and first_trained_stage(tower, settings.image) < len(stages(tower.backbone)):
+        kept.append(KeptClasses(passes, weight=objective.keep_classes, chunk=chunk))
+    classes, frozen = len(tower.anchors.names), settings.text.train in ("head", "none")
+    names, _ = spoken(settings.start.anchor_prompts, classes=classes, synonyms=1, template="{}")
+    if objective.keep_names and names:
+        kept.append(
+            KeptNames(passes, names=names, tokens=tokens, weight=objective.keep_names, keep_texts=frozen, chunk=chunk)
+        )
+    return kept
 
 
 def _taught(bench: Bench) -> Taught | None:

@@ -68,3 +68,16 @@ def test_what_is_no_word_has_no_gradient():
     similarity, *others = inputs()
     sum(part.sum() for part in late_scores(similarity.requires_grad_(), *others)).backward()
     assert not similarity.grad[0, 2:].any() and similarity.grad[1].abs().min() > 0
+
+
+def test_half_precision_around_it_changes_nothing():
+    """Similarities times a sharpness need their digits, and the gradient comes back as it was asked."""
+    found = []
+    for enabled in (False, True):
+        similarity, *others = inputs(dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            scores = late_scores(similarity.requires_grad_(), *others)
+        sum(part.sum() for part in scores).backward()
+        found.append([*scores, similarity.grad])
+    for plain, half in zip(*found, strict=True):
+        assert half.dtype == torch.float32 and torch.equal(plain, half)

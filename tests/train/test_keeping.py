@@ -1,12 +1,12 @@
-"""Keeping the classifier's verdicts: nothing while nothing moves, and the same however it is cut."""
+"""Keeping the classifier's verdicts and names: what the value is, who follows it, and the same however it is cut."""
 
 import pytest
 import torch
-from train_kit import passes, pixels
+from train_kit import passes, pixels, tokens
 
 from mmsearch.testing import tiny_dual_encoder
-from mmsearch.train.keeping import KeptClasses
-from mmsearch.train.prefix import FrozenPrefix
+from mmsearch.train.keeping import SHARPNESS, WORDINGS, KeptClasses, KeptNames, part_of
+from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix
 
 
 def moved(model, by: float = 0.2):
@@ -71,3 +71,82 @@ def test_from_frozen_stages_it_is_the_same():
         outputs = one.prefix_outputs(pixels(6))
     assert kept.backward(outputs) == pytest.approx(expected, rel=1e-3)
     assert kept._before[0].stages[0].weight is model.image.backbone.stages[0].weight
+
+
+# Names
+
+NAMES = ["dog", "cat", "car", "beach", "red"]
+
+
+def named(model, *, keep_texts=True, weight=2.0, chunk=0):
+    return KeptNames(passes(model), names=NAMES, tokens=tokens, weight=weight, keep_texts=keep_texts, chunk=chunk)
+
+
+def divergence(model, images, wording) -> float:
+    """As the class says, of the first pictures, by whole towers."""
+    part = images[: max(4, len(images) // 8)]
+    with torch.no_grad():
+        names = model.encode_texts(*tokens([wording.format(name) for name in NAMES]))
+        normalised = model.normalise_pixels(part)
+        verdict = model.image.anchors.classifier(model.image.pooled(normalised)).softmax(dim=-1)
+        found = (SHARPNESS * model.image(normalised) @ names.T).log_softmax(dim=-1)
+        each = (verdict * (verdict.log() - found)).sum(dim=-1)
+        return float((verdict.amax(dim=-1) * each).mean())
+
+
+def test_names_are_the_divergence_weighted_by_how_sure_the_verdict_is():
+    """In one wording after the other, drawn by torch's numbers."""
+    model = tiny_dual_encoder().eval()
+    kept, seen = named(model), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        drawn = int(torch.randint(len(WORDINGS), ()))
+        torch.manual_seed(seed)
+        expected = 2.0 * divergence(model, pixels(40), WORDINGS[drawn])
+        assert kept.backward(pixels(40)) == pytest.approx(expected, rel=1e-4)
+        seen.add(drawn)
+    assert len(seen) > 3
+
+
+def test_both_heads_follow_the_names():
+    """And backbones that are frozen do not."""
+    model = tiny_dual_encoder().eval()
+    named(model).backward(pixels(6))
+    for tower in (model.text, model.image):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tower.projection.parameters())
+    assert all(p.grad is None for p in model.text.backbone.parameters())
+
+
+def test_a_text_backbone_that_learns_is_followed_by_the_anchors_rows():
+    """Nothing of the text tower is asked; the value is that of the rows as they were last said."""
+    model = tiny_dual_encoder().eval()
+    rows = torch.randn(5, model.config.dim, generator=torch.Generator().manual_seed(1))
+    model.image.anchors.set_names(rows)
+    named(model, keep_texts=False).backward(pixels(6))
+    assert all(p.grad is None for p in model.text.parameters())
+    first = named(model, keep_texts=False).backward(pixels(6))
+    model.image.anchors.set_names(rows.flip(0))
+    assert named(model, keep_texts=False).backward(pixels(6)) != pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_names_in_chunks_are_the_same(chunk):
+    found = []
+    for size in (0, chunk):
+        model = tiny_dual_encoder().eval()
+        torch.manual_seed(0)
+        value = named(model, chunk=size).backward(pixels(40), scale=lambda value: value * 4)
+        found.append((value, next(model.image.projection.parameters()).grad))
+    (whole, expected), (cut, got) = found
+    assert cut == pytest.approx(whole, rel=1e-4)
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_of_kept_features_all_pictures_are_taught():
+    """They cost no backbone: not an eighth, but all."""
+    model = tiny_dual_encoder().eval()
+    one = passes(model, prefix=FrozenBackbone(model.image.backbone, model.image.pooling))
+    with torch.no_grad():
+        outputs = one.prefix_outputs(pixels(40))
+    assert len(part_of(outputs, one)) == 40
+    assert len(part_of(pixels(40), passes(tiny_dual_encoder()))) == 5

@@ -59,6 +59,11 @@ def finite_rows(model) -> bool:
         ({"objective": {"teacher": "TEACHER"}, "run": {"chunk": 3}}, 6),
         ({"objective": {"hard_negatives": 3, "mine_from": 0}, "run": {"chunk": 2}}, 6),
         ({"objective": {"keep_classes": 2.0}, "image": {"train": 1}}, 6),
+        ({"objective": {"keep_names": 2.0}, "start": {"anchor_prompts": "NAMES"}}, 6),
+        (
+            {"objective": {"keep_names": 2.0}, "start": {"anchor_prompts": "NAMES"}, "image": {"train": "head"},
+             "text": {"train": "head"}, "augment": {"word_drop": 0.0}, "run": {"views": 1}}, 6,
+        ),
         ({"start": {"item": "gated"}, "objective": {"modality_dropout": 0.5}, "run": {"chunk": 3}}, 6),
         ({"text": {"lora": 2}, "image": {"lora": 2}}, 6),
         ({"text": {"lora": 2, "train": 1}, "image": {"train": "head"}}, 6),
