@@ -61,8 +61,15 @@ def finite_rows(model) -> bool:
         ({"objective": {"keep_classes": 2.0}, "image": {"train": 1}}, 6),
         ({"objective": {"keep_names": 2.0}, "start": {"anchor_prompts": "NAMES"}}, 6),
         (
-            {"objective": {"keep_names": 2.0}, "start": {"anchor_prompts": "NAMES"}, "image": {"train": "head"},
-             "text": {"train": "head"}, "augment": {"word_drop": 0.0}, "run": {"views": 1}}, 6,
+            {
+                "objective": {"keep_names": 2.0},
+                "start": {"anchor_prompts": "NAMES"},
+                "image": {"train": "head"},
+                "text": {"train": "head"},
+                "augment": {"word_drop": 0.0},
+                "run": {"views": 1},
+            },
+            6,
         ),
         ({"start": {"item": "gated"}, "objective": {"modality_dropout": 0.5}, "run": {"chunk": 3}}, 6),
         ({"text": {"lora": 2}, "image": {"lora": 2}}, 6),
