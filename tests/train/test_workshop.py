@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_kit import Watch, anew, losses, pixels, settings, table, tokens
+from train_kit import Watch, anew, losses, passes, pixels, settings, table, tokens
 
 from mmsearch.errors import ResourceError
-from mmsearch.testing import TINY_CONFIG, tiny_checkpoint
+from mmsearch.testing import TINY_CONFIG, tiny_checkpoint, tiny_dual_encoder
 from mmsearch.towers.checkpoint import load_dual_encoder
 from mmsearch.train.run import train
-from mmsearch.train.workshop import _objective
+from mmsearch.train.workshop import _kept, _objective
 
 NO_DROPOUT = {**TINY_CONFIG["text"]["backbone"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CALM = {**TINY_CONFIG, "text": {**TINY_CONFIG["text"], "backbone": NO_DROPOUT}}
@@ -104,6 +104,30 @@ def test_it_runs_and_its_checkpoint_loads(sections, steps, pairs, calm, tmp_path
     for side, frozen in (("text", "text.backbone"), ("image", "image.backbone")):
         if sections.get(side, {}).get("train") in ("head", "none"):
             assert all(torch.equal(state[name], old[name]) for name in old if name.startswith(frozen))
+
+
+@pytest.mark.parametrize(
+    ("objective", "text", "prompts", "kept"),
+    [
+        ({"keep_classes": 1.0, "keep_names": 0.0}, "all", "NAMES", [False]),
+        ({"keep_classes": 0.0, "keep_names": 1.0}, "all", "NAMES", [False]),
+        ({"keep_classes": 0.0, "keep_names": 1.0}, "head", "NAMES", [True]),
+        ({"keep_classes": 1.0, "keep_names": 1.0}, "none", "NAMES", [False, True]),
+        ({"keep_classes": 0.0, "keep_names": 1.0}, "head", "", []),
+    ],
+)
+def test_what_is_kept_is_what_is_asked_for(objective, text, prompts, kept, tmp_path):
+    """Of each that is kept, whether the text tower follows it: only names, and only under a frozen backbone."""
+    (tmp_path / "names.txt").write_text("dog\ncat\ncar\nbeach\nred\n")
+    start = {"anchor_prompts": str(tmp_path / "names.txt") if prompts else ""}
+    model = tiny_dual_encoder().eval()
+    found = _kept(settings("unused", objective=objective, text={"train": text}, start=start), passes(model), tokens)
+    follows = []
+    for one in found:
+        model.zero_grad()
+        one.backward(pixels(6))
+        follows.append(any(parameter.grad is not None for parameter in model.text.parameters()))
+    assert follows == kept
 
 
 def test_gradient_caching_gives_the_losses_of_whole_batches(pairs, calm, tmp_path):
