@@ -11,6 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _START_SHARPNESS = 10.0
 _START_SCALE = 10.0
+_ALIKE = 4
+"""Words by which texts of one chunk may differ, or a quarter."""
 
 
 class _Words(NamedTuple):
@@ -66,7 +69,7 @@ class LateInteraction(Fusion):
     """
 
     floats_at_once = 1 << 25
-    """About how many similarities `pairwise` holds in one piece (128 MiB of float32)."""
+    """How many similarities `pairwise` holds in one piece (128 MiB of float32), at least those of one pair."""
 
     def __init__(self, config: RerankConfig, *, dim: int, text_width: int) -> None:
         super().__init__(config, dim=dim, text_width=text_width)
@@ -99,9 +102,9 @@ class LateInteraction(Fusion):
         return logits + self.cosine_scale * cosine(text.rows, image.rows), attention
 
     def pairwise(self, text: TextSide, image: ImageSide) -> Tensor:
-        """As the base says, in chunks of about `floats_at_once` similarities; each side is read once.
+        """As the base says, in chunks of at most `floats_at_once` similarities; each side is read once.
 
-        Texts of like length share a chunk, cut to its longest: padding takes no part, and would be half of the work.
+        Texts of like length share a chunk, cut to its longest: most of what pads a batch is never computed.
         """
         self.check(text, image)
         b, n = len(text.rows), len(image.rows)
@@ -110,16 +113,14 @@ class LateInteraction(Fusion):
         words, patches = self._words(text), self._patches(image)
         order, lengths = _by_length(text.mask)
         words, p = _Words(*(part[order] for part in words)), patches.vectors.shape[1]
-        pieces, start = [], 0
-        while start < b:
-            pictures = max(1, min(n, self.floats_at_once // (p * lengths[start])))
-            stop = start + max(1, self.floats_at_once // (p * lengths[start] * pictures))
-            some = words.cut(start, min(stop, b)).short(lengths[min(stop, b) - 1])
+        pieces = []
+        for start, stop in _chunks(lengths, most=self.floats_at_once // (n * p)):
+            some = words.cut(start, stop).short(lengths[stop - 1])
+            pictures = max(1, self.floats_at_once // (p * lengths[stop - 1] * (stop - start)))
             parts = [self._all_pairs(some, patches.cut(i, i + pictures)) for i in range(0, n, pictures)]
             pieces.append(torch.cat(parts, dim=1))
-            start = stop
         late = torch.cat(pieces)[order.argsort()]
-        return late + self.cosine_scale * (text.rows.float() @ image.rows.float().T)
+        return late + self.cosine_scale * _products(text.rows, image.rows)
 
     def start_from(self, backbone: BertModel) -> None:
         """The context layers become the backbone's above `config.text_layer`."""
@@ -147,7 +148,7 @@ class LateInteraction(Fusion):
             flat.float().reshape(b, t, n, p), words.shares.float(), words.bias, patches.shares.float(),
             self.log_sharpness.exp(),
         )  # fmt: skip
-        return self._mixed(by_words, by_patches, words.pooled.float() @ patches.pooled.float().T)
+        return self._mixed(by_words, by_patches, _products(words.pooled, patches.pooled))
 
     def _mixed(self, by_words: Tensor, by_patches: Tensor, pooled: Tensor) -> Tensor:
         shares = torch.softmax(self.mixture, dim=0)
@@ -156,11 +157,35 @@ class LateInteraction(Fusion):
 
 
 def _by_length(mask: Tensor) -> tuple[Tensor, list[int]]:
-    """(b, t) of 0/1 -> (b,) rows from short to long, and up to where each of them has words, at least 1."""
+    """(b, t) of 0/1 -> (b,) rows from short to long, and up to where each of them has words.
+
+    A text without a word has shares at every place: it counts as the longest.
+    """
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    ends = (mask.bool() * places).amax(dim=1) if mask.shape[1] else mask.new_zeros(len(mask))
+    ends = (mask.bool() * places).amax(dim=1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.int64)
+    ends = torch.where(ends > 0, ends, max(1, mask.shape[1]))
     order = ends.argsort(stable=True)
-    return order, ends[order].clamp(min=1).tolist()
+    return order, ends[order].tolist()
+
+
+def _chunks(lengths: Sequence[int], *, most: int) -> Iterator[tuple[int, int]]:
+    """Rising lengths -> from and to of each chunk: at most `most` places with what pads them, of like length.
+
+    A text alone may have more.
+    """
+    start = 0
+    while start < len(lengths):
+        stop, longest = start + 1, max(lengths[start] + _ALIKE, lengths[start] * 5 // 4)
+        while stop < len(lengths) and lengths[stop] <= longest and (stop + 1 - start) * lengths[stop] <= most:
+            stop += 1
+        yield start, stop
+        start = stop
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """(b, w), (n, w) -> (b, n) float32, also under autocast: half precision would tie neighbours."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left.float() @ right.float().T
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def late_scores(
@@ -56,22 +57,31 @@ class _LateScores(torch.autograd.Function):
         return torch.einsum("btn,bt->bn", words, word_shares), torch.einsum("bnp,np->bn", patches, patch_shares)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:  # noqa: ANN401 - as above
         similarity, word_shares, bias, patch_shares, sharpness, words, patches = ctx.saved_tensors
-        of_words, of_patches = gradients  # (b, n) each
-        pulls = of_words[:, None, :] * word_shares[:, :, None]  # (b, t, n)
-        weights = _attention(similarity, sharpness).mul_(pulls.unsqueeze(-1))
-        whole, first = _pulled(weights, similarity, words.unsqueeze(-1), sharpness[0])
-        pulls = of_patches[:, :, None] * patch_shares  # (b, n, p)
-        weights = _looking(similarity, bias, sharpness).mul_(pulls.unsqueeze(1))
-        more, second = _pulled(weights, similarity, patches.unsqueeze(1), sharpness[1])
-        return (
-            whole.add_(more),
-            torch.einsum("bn,btn->bt", of_words, words),
-            None,
-            torch.einsum("bn,bnp->np", of_patches, patches),
-            torch.stack([first, second]),
-        )
+        with torch.autocast(similarity.device.type, enabled=False):
+            return _gradients(similarity, word_shares, bias, patch_shares, sharpness, words, patches, *gradients)
+
+
+def _gradients(
+    similarity: Tensor, word_shares: Tensor, bias: Tensor, patch_shares: Tensor, sharpness: Tensor, words: Tensor,
+    patches: Tensor, of_words: Tensor, of_patches: Tensor,
+) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:  # fmt: skip
+    """From what `forward` was given and found, and the gradients (b, n) of both scores: those of what it was given."""
+    pulls = of_words[:, None, :] * word_shares[:, :, None]  # (b, t, n)
+    weights = _attention(similarity, sharpness).mul_(pulls.unsqueeze(-1))
+    whole, first = _pulled(weights, similarity, words.unsqueeze(-1), sharpness[0])
+    pulls = of_patches[:, :, None] * patch_shares  # (b, n, p)
+    weights = _looking(similarity, bias, sharpness).mul_(pulls.unsqueeze(1))
+    more, second = _pulled(weights, similarity, patches.unsqueeze(1), sharpness[1])
+    return (
+        whole.add_(more),
+        torch.einsum("bn,btn->bt", of_words, words),
+        None,
+        torch.einsum("bn,bnp->np", of_patches, patches),
+        torch.stack([first, second]),
+    )
 
 
 def _pulled(weights: Tensor, similarity: Tensor, mean: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ pulled to what it was before the run (learning without forgetting: Li & Hoiem 20
 temperature).
 
 Decisions:
-- A part of the batch, an eighth, where pictures go through a backbone: the pull is the same on average, and the step
-  stays nearly as fast. All of it where pooled features are kept.
+- A part of the batch, an eighth, where the backbone learns: the pull is the same on average, and the step stays nearly
+  as fast. Names are taught of all pictures where only heads learn.
 - The reference is a copy of the stages that learn, run without a graph; frozen stages are shared.
-- Names are taught in several wordings, one a step, by their usual name alone: a search says one name, in any words.
-- The sharpness of names is a little below a trained logit_scale. A sharper one is content with smaller margins and
+- Classes are taught by their usual name alone and in several sentences, one drawn for each batch: a search says one
+  name, in any words.
+- The names' logit_scale is a little below that of trained towers. A higher one is content with smaller margins, and
   finds fewer names (recipes/README.md).
 """
 
@@ -29,15 +30,12 @@ from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.prefix import FrozenPrefix
 
 _PART, _FEWEST = 8, 4
-SHARPNESS = 20.0
-WORDINGS = ("{}", *TEMPLATES[:6])
-"""What a name is said in: alone, and in the sentences that class folders are evaluated with first."""
+NAMES_SCALE = 20.0
+NAMES_SAID = ("{}", *TEMPLATES[:6])
+"""What a name is said in: alone, and in the first sentences that class folders are evaluated with."""
 
 
-def part_of(images: Tensor, passes: TowerPass) -> Tensor:
-    """The pictures of a batch that are looked at again."""
-    if passes.prefix is not None and passes.prefix.pools:
-        return images
+def _part(images: Tensor) -> Tensor:
     return images[: max(_FEWEST, len(images) // _PART)]
 
 
@@ -60,7 +58,7 @@ class KeptClasses:
 
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """(b, ...) pictures as the step has them: adds the gradient, and tells the value."""
-        part = part_of(images, self._passes)
+        part = _part(images)
         values = [
             self._backward(piece, share=self._weight * len(piece) / len(part), scale=scale)
             for piece in torch.split(part, self._chunk or len(part))
@@ -90,52 +88,50 @@ class KeptClasses:
 
 
 class KeptNames:
-    """weight · mean over pictures of top · KL(verdict || softmax over classes of sharpness · row · name); in nats.
+    """weight · mean over pictures of top · KL(verdict || softmax over classes of `NAMES_SCALE` · row · name); in nats.
 
-    The verdict is the classifier's on the same view, its top the largest share in it: a picture that it is not sure of
-    teaches little. The row is the picture's as a search has it, the name that of a text as a search has it: where only
-    heads learn, both follow the gradient; a text backbone that learns is followed by the anchors' rows instead.
-    `names`: the usual name of each class, in the order of the classifier. `chunk`: pictures at a time, 0 for all.
-    Draws the wording from torch's global random numbers.
+    The verdict is the classifier's on the same view, as it is now; its top is the largest share in it: a picture of
+    which it is not sure teaches little. Rows are those of the step, with its dropout. Names are said by the text tower
+    where only its head learns (`heads_only`), and follow the gradient; else they are the anchors' rows, as last said.
+    `names`: the usual name of each class, in the order of the classifier. `whole`: all pictures of a batch, for a
+    frozen image backbone. `chunk`: pictures at a time, 0 for all. Draws from torch's global random numbers.
     """
 
     def __init__(
         self, passes: TowerPass, *, names: Sequence[str], tokens: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
-        weight: float, keep_texts: bool, chunk: int = 0,
+        weight: float, heads_only: bool, whole: bool, chunk: int = 0,
     ) -> None:  # fmt: skip
-        self._passes, self._weight, self._chunk = passes, weight, chunk
-        said = [[wording.format(name) for name in names] for wording in WORDINGS] if keep_texts else []
+        self._passes, self._weight, self._whole, self._chunk = passes, weight, whole, chunk
+        said = [[sentence.format(name) for name in names] for sentence in NAMES_SAID] if heads_only else []
         self._said = [Texts(sentences, passes, tokens, keep=True) for sentences in said]
 
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """As `KeptClasses.backward`."""
-        part = part_of(images, self._passes)
-        wording = int(torch.randint(len(WORDINGS), ()))
+        part = images if self._whole else _part(images)
+        drawn = int(torch.randint(len(self._said), ())) if self._said else None
         values = [
-            self._backward(piece, wording=wording, share=self._weight * len(piece) / len(part), scale=scale)
+            self._backward(piece, drawn=drawn, share=self._weight * len(piece) / len(part), scale=scale)
             for piece in torch.split(part, self._chunk or len(part))
         ]
         return math.fsum(values)
 
     def _backward(
-        self, images: Tensor, *, wording: int, share: float, scale: Callable[[Tensor], Tensor] | None
+        self, images: Tensor, *, drawn: int | None, share: float, scale: Callable[[Tensor], Tensor] | None
     ) -> float:  # fmt: skip
         anchors = self._passes.model.image.anchors
         assert anchors is not None  # for the type checker
         pooled = self._passes.pooled_images(images)
         with torch.no_grad():
             verdict = anchors.classifier(pooled).softmax(dim=-1)
-        found = (SHARPNESS * self._passes.embedded(pooled) @ self._names(wording).T).log_softmax(dim=-1)
+        names = anchors.names if drawn is None else self._names(drawn)
+        found = (NAMES_SCALE * self._passes.embedded(pooled) @ names.T).log_softmax(dim=-1)
         gap = (torch.xlogy(verdict, verdict) - verdict * found).sum(dim=-1)
         value = share * (verdict.amax(dim=-1) * gap).mean()
         if value.requires_grad:
             torch.autograd.backward(scale(value) if scale else value)
         return float(value.detach())
 
-    def _names(self, wording: int) -> Tensor:
-        """(classes, d) unit rows."""
-        if not self._said:
-            assert self._passes.model.image.anchors is not None  # for the type checker
-            return self._passes.model.image.anchors.names
-        pooled = self._said[wording].pooled()
+    def _names(self, drawn: int) -> Tensor:
+        """(classes, d) unit rows in one of the sentences."""
+        pooled = self._said[drawn].pooled()
         return self._passes.texts(pooled, pooled)

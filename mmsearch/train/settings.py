@@ -73,7 +73,7 @@ class Objective:
     `hard_negatives`: mined neighbours a pair, 0 for none, drawn into `hard_share` of each batch from epoch `mine_from`;
     `teacher`: a model whose similarities are imitated with weight `teacher_weight` at multiplier `teacher_scale`;
     `modality_dropout`: probability that an item loses one side, used when the model has an item head;
-    `keep_classes`, `keep_names`: weights of keeping the class-name anchors' verdicts, and of their names (`keeping`).
+    `keep_classes`, `keep_names`: weights of keeping the class-name anchors' verdicts and names (`keeping`), 0 for none.
     """
 
     name: str = "info_nce"

@@ -9,6 +9,7 @@ Decisions:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         passes, prompts=settings.start.anchor_prompts, tokens=pixels.tokens,
         keep_texts=settings.text.train in ("head", "none"),
     )  # fmt: skip
+    names = _names(settings, model.image)
     taught = _taught(bench)
     # Last: what is refused is refused before hours of it.
     feed: Feed = _kept_feed(bench, passes, pixels) or resident_feed(bench, pixels) or pixels
@@ -80,7 +82,7 @@ def workshop_of(bench: Bench, stack: ExitStack) -> Workshop:
         StepParts(
             passes, objective, bench.ranks, bench.examples.train, pixels.tokens, chunk=settings.run.chunk,
             taught=taught, modality_dropout=settings.objective.modality_dropout,
-            kept=_kept(settings, passes, pixels.tokens),
+            kept=_kept(settings, passes, pixels.tokens, names=names),
         )
     )  # fmt: skip
     bench.folder.mkdir(parents=True, exist_ok=True)
@@ -229,20 +231,39 @@ def _keeps_texts(settings: TrainSettings) -> bool:
     return settings.text.train in ("head", "none") and not drops
 
 
-def _kept(settings: TrainSettings, passes: TowerPass, tokens: Tokens) -> list[KeptClasses | KeptNames]:
-    """Only where there are verdicts to keep and something under them learns, names only where they are known."""
-    tower, objective, chunk = passes.model.image, settings.objective, settings.run.chunk
-    if tower.anchors is None:
+def _names(settings: TrainSettings, tower: ImageTower) -> list[str]:
+    """The usual name of each class where names are to be kept; `UsageError` where there are none to keep."""
+    if not settings.objective.keep_names:
         return []
+    classes = 0 if tower.anchors is None else len(tower.anchors.names)
+    names, _ = (
+        spoken(settings.start.anchor_prompts, classes=classes, synonyms=1, template="{}") if classes else ([], [])
+    )
+    if not names:
+        got = f"{classes} classes without names" if classes else "a model without anchors"
+        raise UsageError(
+            "objective.keep_names", expected="0, or class-name anchors whose names are known", got=got,
+            do="Name them with start.anchor_prompts." if classes else "",
+        )  # fmt: skip
+    return names
+
+
+def _kept(
+    settings: TrainSettings, passes: TowerPass, tokens: Tokens, *, names: Sequence[str]
+) -> list[KeptClasses | KeptNames]:  # fmt: skip
+    """Verdicts, where there are any and something under them learns, and `names`."""
+    tower, objective, chunk = passes.model.image, settings.objective, settings.run.chunk
+    learns = first_trained_stage(tower, settings.image) < len(stages(tower.backbone))
     kept: list[KeptClasses | KeptNames] = []
-    if objective.keep_classes and first_trained_stage(tower, settings.image) < len(stages(tower.backbone)):
+    if objective.keep_classes and learns and tower.anchors is not None:
         kept.append(KeptClasses(passes, weight=objective.keep_classes, chunk=chunk))
-    classes, frozen = len(tower.anchors.names), settings.text.train in ("head", "none")
-    names, _ = spoken(settings.start.anchor_prompts, classes=classes, synonyms=1, template="{}")
-    if objective.keep_names and names:
+    if names:
         kept.append(
-            KeptNames(passes, names=names, tokens=tokens, weight=objective.keep_names, keep_texts=frozen, chunk=chunk)
-        )
+            KeptNames(
+                passes, names=names, tokens=tokens, weight=objective.keep_names, chunk=chunk, whole=not learns,
+                heads_only=settings.text.train in ("head", "none"),
+            )
+        )  # fmt: skip
     return kept
 
 

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 from mmsearch.errors import ModelError, UsageError
 from mmsearch.rerank.base import Fusion, ImageSide, TextSide, build_fusion
 from mmsearch.rerank.config import FUSIONS, RerankConfig
+from mmsearch.rerank.late_interaction import _chunks
 from mmsearch.rerank.layers import mask_bias
 
 DIM, TEXT_WIDTH = 6, 16
@@ -326,13 +327,35 @@ def test_late_interaction_has_known_values():
 
 
 @pytest.mark.parametrize("floats", [1, 9 * 6 * 2, 9 * 6 * 7, 1 << 24])
-def test_late_pairwise_is_the_same_in_any_chunks(floats):
-    """One pair at a time, two, seven, or all at once."""
-    made, text, image = fusion("late-interaction"), texts(6, 3, 5), pictures(4)
+@pytest.mark.parametrize("lengths", [(6, 3, 5), (6, 3, 0, 1), (2, 0)])
+def test_late_pairwise_is_the_same_in_any_chunks(floats, lengths):
+    """One pair at a time, a few, or all at once; texts without a word among them."""
+    made, text, image = fusion("late-interaction"), texts(*lengths), pictures(4)
     whole = made.pairwise(text, image)
     made.floats_at_once = floats
     assert close(made.pairwise(text, image), whole)
     assert close(whole, Fusion.pairwise(made, text, image))
+
+
+def test_late_chunks_hold_what_they_may_and_little_padding():
+    """Many short texts and a long one: not in one chunk as long as that."""
+    lengths = sorted([8] * 100 + [9, 12, 13, 40])
+    for most in (1, 50, 100, 1 << 20):
+        found = list(_chunks(lengths, most=most))
+        assert [place for start, stop in found for place in range(start, stop)] == list(range(len(lengths)))
+        assert all((stop - start) * lengths[stop - 1] <= most or stop == start + 1 for start, stop in found)
+    assert found == [(0, 102), (102, 103), (103, 104)]
+
+
+def test_late_pairs_of_rows_keep_their_digits_under_autocast():
+    """What the cosine of unit rows adds is not rounded to three digits: neighbours would tie."""
+    made, text, image = fusion("late-interaction"), texts(6, 3, 5), pictures(4)
+    found = []
+    for scale in (0.0, 1.0):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            made.cosine_scale.fill_(scale)
+            found.append(made.pairwise(text, image).double())
+    assert close(found[1] - found[0], (text.rows @ image.rows.T).double(), within=1e-5)
 
 
 # Starting from the text backbone

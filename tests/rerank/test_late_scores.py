@@ -71,13 +71,22 @@ def test_what_is_no_word_has_no_gradient():
 
 
 def test_half_precision_around_it_changes_nothing():
-    """Similarities times a sharpness need their digits, and the gradient comes back as it was asked."""
+    """Similarities times a sharpness need their digits, on the way back too, even when that is under autocast."""
     found = []
     for enabled in (False, True):
-        similarity, *others = inputs(dtype=torch.float32)
+        similarity, shares, bias, of_patches, sharpness = inputs(dtype=torch.float32)
+        learning = [part.requires_grad_() for part in (similarity, shares, of_patches, sharpness)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            scores = late_scores(similarity.requires_grad_(), *others)
-        sum(part.sum() for part in scores).backward()
-        found.append([*scores, similarity.grad])
+            scores = late_scores(similarity, shares, bias, of_patches, sharpness)
+            sum(part.square().sum() for part in scores).backward()
+        found.append([*scores, *(part.grad for part in learning)])
     for plain, half in zip(*found, strict=True):
         assert half.dtype == torch.float32 and torch.equal(plain, half)
+
+
+def test_a_second_derivative_is_refused():
+    similarity, *others = inputs()
+    by_words, _ = late_scores(similarity.requires_grad_(), *others)
+    (gradient,) = torch.autograd.grad(by_words.sum(), similarity, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice|does not require grad"):
+        gradient.sum().backward()

@@ -5,7 +5,7 @@ import torch
 from train_kit import passes, pixels, tokens
 
 from mmsearch.testing import tiny_dual_encoder
-from mmsearch.train.keeping import SHARPNESS, WORDINGS, KeptClasses, KeptNames, part_of
+from mmsearch.train.keeping import NAMES_SAID, NAMES_SCALE, KeptClasses, KeptNames
 from mmsearch.train.prefix import FrozenBackbone, FrozenPrefix
 
 
@@ -78,38 +78,55 @@ def test_from_frozen_stages_it_is_the_same():
 NAMES = ["dog", "cat", "car", "beach", "red"]
 
 
-def named(model, *, keep_texts=True, weight=2.0, chunk=0):
-    return KeptNames(passes(model), names=NAMES, tokens=tokens, weight=weight, keep_texts=keep_texts, chunk=chunk)
+def named(model, *, heads_only=True, whole=False, weight=2.0, chunk=0, one=None):
+    return KeptNames(
+        one or passes(model), names=NAMES, tokens=tokens, weight=weight, heads_only=heads_only, whole=whole, chunk=chunk
+    )  # fmt: skip
 
 
-def divergence(model, images, wording) -> float:
-    """As the class says, of the first pictures, by whole towers."""
-    part = images[: max(4, len(images) // 8)]
+def divergence(model, images, sentence) -> float:
+    """As the class says, by whole towers."""
     with torch.no_grad():
-        names = model.encode_texts(*tokens([wording.format(name) for name in NAMES]))
-        normalised = model.normalise_pixels(part)
+        names = model.encode_texts(*tokens([sentence.format(name) for name in NAMES]))
+        normalised = model.normalise_pixels(images)
         verdict = model.image.anchors.classifier(model.image.pooled(normalised)).softmax(dim=-1)
-        found = (SHARPNESS * model.image(normalised) @ names.T).log_softmax(dim=-1)
+        found = (NAMES_SCALE * model.image(normalised) @ names.T).log_softmax(dim=-1)
         each = (verdict * (verdict.log() - found)).sum(dim=-1)
         return float((verdict.amax(dim=-1) * each).mean())
 
 
+def drawn_by(seed) -> str:
+    torch.manual_seed(seed)
+    sentence = NAMES_SAID[int(torch.randint(len(NAMES_SAID), ()))]
+    torch.manual_seed(seed)
+    return sentence
+
+
 def test_names_are_the_divergence_weighted_by_how_sure_the_verdict_is():
-    """In one wording after the other, drawn by torch's numbers."""
+    """Of an eighth of the batch, in one sentence after the other, drawn by torch's numbers."""
     model = tiny_dual_encoder().eval()
     kept, seen = named(model), set()
     for seed in range(12):
-        torch.manual_seed(seed)
-        drawn = int(torch.randint(len(WORDINGS), ()))
-        torch.manual_seed(seed)
-        expected = 2.0 * divergence(model, pixels(40), WORDINGS[drawn])
+        sentence = drawn_by(seed)
+        expected = 2.0 * divergence(model, pixels(40)[:5], sentence)
         assert kept.backward(pixels(40)) == pytest.approx(expected, rel=1e-4)
-        seen.add(drawn)
+        seen.add(sentence)
     assert len(seen) > 3
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_where_only_heads_learn_all_pictures_are_taught(pooled):
+    """From pixels, and from features that are kept."""
+    model = tiny_dual_encoder().eval()
+    one = passes(model, prefix=FrozenBackbone(model.image.backbone, model.image.pooling) if pooled else None)
+    with torch.no_grad():
+        images = one.prefix_outputs(pixels(40)) if pooled else pixels(40)
+    expected = 2.0 * divergence(model, pixels(40), drawn_by(0))
+    assert named(model, whole=True, one=one).backward(images) == pytest.approx(expected, rel=1e-3)
+
+
 def test_both_heads_follow_the_names():
-    """And backbones that are frozen do not."""
+    """And a text backbone that is frozen does not."""
     model = tiny_dual_encoder().eval()
     named(model).backward(pixels(6))
     for tower in (model.text, model.image):
@@ -122,11 +139,10 @@ def test_a_text_backbone_that_learns_is_followed_by_the_anchors_rows():
     model = tiny_dual_encoder().eval()
     rows = torch.randn(5, model.config.dim, generator=torch.Generator().manual_seed(1))
     model.image.anchors.set_names(rows)
-    named(model, keep_texts=False).backward(pixels(6))
+    first = named(model, heads_only=False).backward(pixels(6))
     assert all(p.grad is None for p in model.text.parameters())
-    first = named(model, keep_texts=False).backward(pixels(6))
     model.image.anchors.set_names(rows.flip(0))
-    assert named(model, keep_texts=False).backward(pixels(6)) != pytest.approx(first, rel=1e-3)
+    assert named(model, heads_only=False).backward(pixels(6)) != pytest.approx(first, rel=1e-3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -140,13 +156,3 @@ def test_names_in_chunks_are_the_same(chunk):
     (whole, expected), (cut, got) = found
     assert cut == pytest.approx(whole, rel=1e-4)
     assert torch.allclose(got, expected, atol=1e-5)
-
-
-def test_of_kept_features_all_pictures_are_taught():
-    """They cost no backbone: not an eighth, but all."""
-    model = tiny_dual_encoder().eval()
-    one = passes(model, prefix=FrozenBackbone(model.image.backbone, model.image.pooling))
-    with torch.no_grad():
-        outputs = one.prefix_outputs(pixels(40))
-    assert len(part_of(outputs, one)) == 40
-    assert len(part_of(pixels(40), passes(tiny_dual_encoder()))) == 5

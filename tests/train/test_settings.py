@@ -87,6 +87,7 @@ def test_a_value_of_another_type_is_an_error_that_names_it(section, values):
         ("objective", {"name": "hinge", "margin": 0}), ("objective", {"teacher_scale": 0}),
         ("objective", {"teacher_weight": -1}), ("objective", {"matryoshka": [8, 8]}),
         ("objective", {"matryoshka": [0]}),
+        ("objective", {"keep_names": 1001}),
         ("objective", {"modality_dropout": 2}), ("objective", {"keep_classes": -1}), ("data", {"workers": -1}),
         ("data", {"captions": 0}),
         ("text", {"train": 0}), ("text", {"train": "some"}), ("text", {"rate": 0}), ("image", {"lora": -1}),

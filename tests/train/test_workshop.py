@@ -7,11 +7,11 @@ import pytest
 import torch
 from train_kit import Watch, anew, losses, passes, pixels, settings, table, tokens
 
-from mmsearch.errors import ResourceError
+from mmsearch.errors import ResourceError, UsageError
 from mmsearch.testing import TINY_CONFIG, tiny_checkpoint, tiny_dual_encoder
 from mmsearch.towers.checkpoint import load_dual_encoder
 from mmsearch.train.run import train
-from mmsearch.train.workshop import _kept, _objective
+from mmsearch.train.workshop import _kept, _names, _objective
 
 NO_DROPOUT = {**TINY_CONFIG["text"]["backbone"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CALM = {**TINY_CONFIG, "text": {**TINY_CONFIG["text"], "backbone": NO_DROPOUT}}
@@ -113,7 +113,7 @@ def test_it_runs_and_its_checkpoint_loads(sections, steps, pairs, calm, tmp_path
         ({"keep_classes": 0.0, "keep_names": 1.0}, "all", "NAMES", [False]),
         ({"keep_classes": 0.0, "keep_names": 1.0}, "head", "NAMES", [True]),
         ({"keep_classes": 1.0, "keep_names": 1.0}, "none", "NAMES", [False, True]),
-        ({"keep_classes": 0.0, "keep_names": 1.0}, "head", "", []),
+        ({"keep_classes": 0.0, "keep_names": 0.0}, "head", "", []),
     ],
 )
 def test_what_is_kept_is_what_is_asked_for(objective, text, prompts, kept, tmp_path):
@@ -121,13 +121,37 @@ def test_what_is_kept_is_what_is_asked_for(objective, text, prompts, kept, tmp_p
     (tmp_path / "names.txt").write_text("dog\ncat\ncar\nbeach\nred\n")
     start = {"anchor_prompts": str(tmp_path / "names.txt") if prompts else ""}
     model = tiny_dual_encoder().eval()
-    found = _kept(settings("unused", objective=objective, text={"train": text}, start=start), passes(model), tokens)
+    wanted = settings("unused", objective=objective, text={"train": text}, start=start)
+    found = _kept(wanted, passes(model), tokens, names=_names(wanted, model.image))
     follows = []
     for one in found:
         model.zero_grad()
         one.backward(pixels(6))
         follows.append(any(parameter.grad is not None for parameter in model.text.parameters()))
     assert follows == kept
+
+
+@pytest.mark.parametrize("anchors", [True, False])
+def test_names_that_nobody_knows_are_refused_at_once(anchors, pairs, tmp_path):
+    """Five classes that no file names, and a model without any; before a picture is opened."""
+    image = TINY_CONFIG["image"] if anchors else {k: v for k, v in TINY_CONFIG["image"].items() if k != "anchors"}
+    with pytest.raises(UsageError, match=r"keep_names.*(5 classes without names|without anchors)"):
+        ran(tmp_path / "o", pairs, anew(tmp_path, image=image), objective={"keep_names": 1.0})
+    assert not (tmp_path / "o" / "run").exists()
+
+
+def test_what_is_kept_is_part_of_the_loss(pairs, calm, tmp_path):
+    """The first loss of a run with both is that without any, and both: a verdict that has not moved is 0."""
+    (tmp_path / "names.txt").write_text("dog\ncat\ncar\nbeach\nred\n")
+    start = {**calm, "anchor_prompts": str(tmp_path / "names.txt")}
+    first = {}
+    for weight in (0.0, 1.0, 3.0):
+        objective = {"keep_classes": 1.0, "keep_names": weight}
+        found, _, _ = ran(tmp_path / f"o{weight}", pairs, start, augment=PLAIN, objective=objective)
+        first[weight] = found[0]
+    names = first[1.0] - first[0.0]
+    assert names > 0.01
+    assert first[3.0] - first[0.0] == pytest.approx(3 * names, rel=0.01)
 
 
 def test_gradient_caching_gives_the_losses_of_whole_batches(pairs, calm, tmp_path):
