@@ -1,6 +1,6 @@
 """Put a trained checkpoint into the package as the bundled model.
 
-    python recipes/publish.py --checkpoint checkpoints/bundled --name mmsearch-lite2-minilm-4 --boost 1.1 --mirror \
+    python recipes/publish.py --checkpoint checkpoints/names --name mmsearch-lite2-minilm-5 --boost 1.1 --mirror \
         --out mmsearch/weights
 
 Says the anchors' names anew, multiplies their share by `--boost`, and writes the card from `bundled_card.md`. The boost
