@@ -60,6 +60,7 @@ def seen(model: Any, pictures: list[str], workers: int) -> tuple[torch.Tensor, t
         pictures, preprocessing=model.config.preprocessing, batch_size=BATCH, workers=workers, on_skip=skip
     ):
         images = model.normalise_pixels(torch.from_numpy(np.asarray(pixels)))
+        images = images.contiguous(memory_format=torch.channels_last)
         views = torch.cat([images, images.flip(-1)]) if tower.mirror else images
         pooled = tower.pooled(views)
         verdicts.append(tower.anchors.classifier(pooled).softmax(-1).reshape(-1, len(images), CLASSES).mean(0))
@@ -79,6 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     directory = locate(options.model)[0]
     model = load_dual_encoder(directory).eval()
+    model.image.backbone.to(memory_format=torch.channels_last)
     if model.image.anchors is None or len(model.image.anchors.names) != CLASSES:
         raise SystemExit(f"{directory}: expected a model with ImageNet's class names as anchors")
     verdicts, rows = seen(model, pictures_of(options.paths), os.cpu_count() or 1)
