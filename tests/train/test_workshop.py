@@ -131,6 +131,22 @@ def test_what_is_kept_is_what_is_asked_for(objective, text, prompts, kept, tmp_p
     assert follows == kept
 
 
+def test_all_pictures_are_taught_names_where_only_heads_learn(tmp_path):
+    """Where the backbone learns, an eighth of them: the value is another one."""
+    (tmp_path / "names.txt").write_text("dog\ncat\ncar\nbeach\nred\n")
+    start, value = {"anchor_prompts": str(tmp_path / "names.txt")}, {}
+    for trained in ("head", "all"):
+        model = tiny_dual_encoder().eval()
+        objective = {"keep_classes": 0.0, "keep_names": 1.0}
+        wanted = settings("unused", objective=objective, image={"train": trained}, start=start)
+        (kept,) = _kept(wanted, passes(model), tokens, names=_names(wanted, model.image))
+        for count in (5, 40):
+            torch.manual_seed(0)
+            value[trained, count] = kept.backward(pixels(40)[:count])
+    assert value["all", 40] == pytest.approx(value["head", 5], rel=1e-4)
+    assert value["head", 40] != pytest.approx(value["head", 5], rel=1e-3)
+
+
 @pytest.mark.parametrize("anchors", [True, False])
 def test_names_that_nobody_knows_are_refused_at_once(anchors, pairs, tmp_path):
     """Five classes that no file names, and a model without any; before a picture is opened."""
