@@ -25,8 +25,9 @@ import torch
 
 from mmsearch.data.pairs import read_pairs
 from mmsearch.encoder import Encoder
-from mmsearch.evaluate.prompts import TEMPLATES
+from mmsearch.evaluate.prompts import TEMPLATES, ensembled, filled
 from mmsearch.towers.checkpoint import load_dual_encoder
+from mmsearch.towers.image import joined_views
 from mmsearch.towers.locate import locate
 from mmsearch.train.anchor_rows import spoken
 from mmsearch.train.feed import plain_pixels
@@ -64,8 +65,7 @@ def seen(model: Any, pictures: list[str], workers: int) -> tuple[torch.Tensor, t
         views = torch.cat([images, images.flip(-1)]) if tower.mirror else images
         pooled = tower.pooled(views)
         verdicts.append(tower.anchors.classifier(pooled).softmax(-1).reshape(-1, len(images), CLASSES).mean(0))
-        joined = tower.embed(pooled).reshape(-1, len(images), model.config.dim).mean(0)
-        rows.append(torch.nn.functional.normalize(joined, dim=-1))
+        rows.append(joined_views(tower.embed(pooled)) if tower.mirror else tower.embed(pooled))
         print(f"\r{sum(map(len, rows))} of {len(pictures)} photos", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     return torch.cat(verdicts), torch.cat(rows)
@@ -90,8 +90,8 @@ def main() -> None:
     encoder = Encoder.load(directory)
 
     def said(sentences: tuple[str, ...]) -> torch.Tensor:
-        each = [torch.from_numpy(encoder.encode_texts([one.format(name) for name in names])) for one in sentences]
-        return torch.nn.functional.normalize(torch.stack(each).mean(dim=0), dim=-1)
+        rows = encoder.encode_texts(filled(names, sentences))
+        return torch.from_numpy(ensembled(rows, templates=len(sentences)))
 
     asked = {**{one: said((one,)) for one in SENTENCES}, f"{SEVERAL} sentences": said(TEMPLATES[:SEVERAL])}
     found: dict[str, Any] = {"model": encoder.identity.name, "photos": len(rows)}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmsearch.evaluate.prompts import TEMPLATES
+from mmsearch.evaluate.prompts import TEMPLATES, filled
 from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.prefix import FrozenPrefix
 
@@ -102,8 +102,8 @@ class KeptNames:
         weight: float, heads_only: bool, whole: bool, chunk: int = 0,
     ) -> None:  # fmt: skip
         self._passes, self._weight, self._whole, self._chunk = passes, weight, whole, chunk
-        said = [[sentence.format(name) for name in names] for sentence in NAMES_SAID] if heads_only else []
-        self._said = [Texts(sentences, passes, tokens, keep=True) for sentences in said]
+        said = NAMES_SAID if heads_only else ()
+        self._said = [Texts(filled(names, (sentence,)), passes, tokens, keep=True) for sentence in said]
 
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """As `KeptClasses.backward`."""
