@@ -18,6 +18,7 @@ Decisions:
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,20 @@ def _part(images: Tensor) -> Tensor:
     return images[: max(_FEWEST, len(images) // _PART)]
 
 
+def _backward(
+    value: Callable[[Tensor], Tensor], images: Tensor, *, weight: float, chunk: int,
+    scale: Callable[[Tensor], Tensor] | None,
+) -> float:  # fmt: skip
+    """weight · the mean of `value` over `images`: its gradient is added, `chunk` pictures at a time (0: all)."""
+    told = []
+    for piece in torch.split(images, chunk or len(images)):
+        share = weight * len(piece) / len(images) * value(piece)
+        if share.requires_grad:  # not while the backbone waits (`Schedule.backbone_start`)
+            torch.autograd.backward(scale(share) if scale else share)
+        told.append(float(share.detach()))
+    return math.fsum(told)
+
+
 class KeptClasses:
     """weight · KL(verdict before || verdict now), over classes, mean over an eighth of the batch; in nats.
 
@@ -58,20 +73,12 @@ class KeptClasses:
 
     def backward(self, images: Tensor, *, scale: Callable[[Tensor], Tensor] | None = None) -> float:
         """(b, ...) pictures as the step has them: adds the gradient, and tells the value."""
-        part = _part(images)
-        values = [
-            self._backward(piece, share=self._weight * len(piece) / len(part), scale=scale)
-            for piece in torch.split(part, self._chunk or len(part))
-        ]
-        return math.fsum(values)
+        return _backward(self._value, _part(images), weight=self._weight, chunk=self._chunk, scale=scale)
 
-    def _backward(self, images: Tensor, *, share: float, scale: Callable[[Tensor], Tensor] | None) -> float:
+    def _value(self, images: Tensor) -> Tensor:
         before = self._verdict_before(images)
         now = self._classifier(self._passes.pooled_images(images)).log_softmax(dim=-1)
-        value = share * functional.kl_div(now, before, reduction="batchmean", log_target=True)
-        if value.requires_grad:  # not while the backbone waits (`Schedule.backbone_start`)
-            torch.autograd.backward(scale(value) if scale else value)
-        return float(value.detach())
+        return functional.kl_div(now, before, reduction="batchmean", log_target=True)
 
     @torch.no_grad()
     def _verdict_before(self, images: Tensor) -> Tensor:
@@ -109,15 +116,10 @@ class KeptNames:
         """As `KeptClasses.backward`."""
         part = images if self._whole else _part(images)
         drawn = int(torch.randint(len(self._said), ())) if self._said else None
-        values = [
-            self._backward(piece, drawn=drawn, share=self._weight * len(piece) / len(part), scale=scale)
-            for piece in torch.split(part, self._chunk or len(part))
-        ]
-        return math.fsum(values)
+        value = functools.partial(self._value, drawn=drawn)
+        return _backward(value, part, weight=self._weight, chunk=self._chunk, scale=scale)
 
-    def _backward(
-        self, images: Tensor, *, drawn: int | None, share: float, scale: Callable[[Tensor], Tensor] | None
-    ) -> float:  # fmt: skip
+    def _value(self, images: Tensor, *, drawn: int | None) -> Tensor:
         anchors = self._passes.model.image.anchors
         assert anchors is not None  # for the type checker
         pooled = self._passes.pooled_images(images)
@@ -126,10 +128,8 @@ class KeptNames:
         names = anchors.names if drawn is None else self._names(drawn)
         found = (NAMES_SCALE * self._passes.embedded(pooled) @ names.T).log_softmax(dim=-1)
         gap = (torch.xlogy(verdict, verdict) - verdict * found).sum(dim=-1)
-        value = share * (verdict.amax(dim=-1) * gap).mean()
-        if value.requires_grad:
-            torch.autograd.backward(scale(value) if scale else value)
-        return float(value.detach())
+        value: Tensor = (verdict.amax(dim=-1) * gap).mean()
+        return value
 
     def _names(self, drawn: int) -> Tensor:
         """(classes, d) unit rows in one of the sentences."""
