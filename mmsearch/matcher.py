@@ -280,7 +280,7 @@ def _read(path: str, *, on_skip: OnSkip, on_note: Callable[[str], None]) -> Iter
     absolute = os.path.abspath(path)
     kind = formats.sniff_folder(absolute) if os.path.isdir(absolute) else formats.sniff(absolute)
     if kind is None or not (os.path.lexists(absolute) or formats.is_pattern(absolute)):
-        for pair in read_pairs(path, on_skip=on_skip):
+        for pair in read_pairs(path, on_skip=on_skip, tell_bare=False):
             yield from (PairToMatch(pair.image, caption) for caption in pair.captions)
         return
     records, finder = formats.open_table(absolute, format=kind, on_skip=on_skip)

@@ -19,6 +19,7 @@ from mmsearch.data.reading import listed
 from mmsearch.data.records import Finder, Record, table_places, wide_places
 from mmsearch.data.sniffing import PICTURE_EXTENSIONS
 from mmsearch.data.splits import split_in
+from mmsearch.data.table import is_table
 from mmsearch.data.texts import OnSkip
 from mmsearch.errors import InputError, MissingExtraError, UsageError
 
@@ -67,9 +68,12 @@ def names() -> tuple[str, ...]:
 
 
 def sniff(path: str) -> str | None:
-    """The format of a file by its ending, None when it is no table."""
+    """The format of a file by its ending, of a .txt by its first line; None when it is no table."""
     lower = path.lower()
-    return "webdataset" if lower.endswith(".tar.gz") else _BY_EXTENSION.get(os.path.splitext(lower)[1])
+    ending = os.path.splitext(lower)[1]
+    if ending == ".txt" and is_table(path):
+        return "csv"
+    return "webdataset" if lower.endswith(".tar.gz") else _BY_EXTENSION.get(ending)
 
 
 def sniff_folder(path: str) -> str | None:

@@ -3,6 +3,7 @@ data set of many files.
 
 Decisions:
 - A picture whose rows name different splits is one pair in each: its captions of one split never come with another.
+- In a folder with side-cars a split is what a side-car says, else what a folder on the way to the picture is called.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from collections.abc import Iterator
 from mmsearch.data import formats
 from mmsearch.data.folder import Rules, Walk
 from mmsearch.data.records import joined, locate
-from mmsearch.data.splits import canonical_split
+from mmsearch.data.splits import canonical_split, split_of_folder
 from mmsearch.data.texts import OnSkip
 from mmsearch.errors import InputError
 from mmsearch.types import Pair, Skipped, SkipReason
 
 
-def read_pairs(path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None) -> Iterator[Pair]:
+def read_pairs(
+    path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None, tell_bare: bool = True
+) -> Iterator[Pair]:
     """Pairs in the order of the file; several rows of one picture are one pair.
 
     `path` may also be a pattern of WebDataset shards ("shards/{000..127}.tar"). The picture of a pair is a path, or the
     address of one inside a file (`data.packed`).
     `split`: only pairs of this split ("train", "val" or "test"; "dev" and "validation" mean "val").
     A pair's group is its picture's path, or what the column `group` says. Pictures that are not there and
-    rows without a caption are reported to `on_skip`. Raises `InputError` when there is no such path or
-    no pair of that split.
+    rows without a caption are reported to `on_skip`, and so are pictures of a folder without one if `tell_bare`.
+    Raises `InputError` when there is no such path or no pair of that split.
     """
     absolute = os.path.abspath(path)
     if os.path.isdir(absolute):
         kind = format or formats.sniff_folder(absolute)
-        pairs = _from_folder(absolute, on_skip) if kind is None else _from_table(absolute, kind, on_skip)
+        pairs = _from_folder(absolute, on_skip, tell_bare) if kind is None else _from_table(absolute, kind, on_skip)
     elif os.path.lexists(absolute) or formats.is_pattern(absolute):
         table = format or formats.sniff(absolute)
         if table is None:
@@ -44,16 +47,21 @@ def read_pairs(path: str, *, split: str | None = None, on_skip: OnSkip, format: 
     return pairs if split is None else _of_split(pairs, split, path)
 
 
-def _from_folder(path: str, on_skip: OnSkip) -> Iterator[Pair]:
+def _from_folder(path: str, on_skip: OnSkip, tell_bare: bool) -> Iterator[Pair]:
     for source in Walk(Rules(), on_skip, [path]).folder(path):
-        if source.captions and source.path is not None:
-            group, split = source.metadata.get("group"), source.metadata.get("split")
-            yield Pair(
-                source.path,
-                source.captions,
-                group=group if isinstance(group, str) else source.path,
-                split=canonical_split(split) if isinstance(split, str) else None,
-            )
+        if source.path is None:
+            continue
+        if not source.captions:
+            if tell_bare:
+                on_skip(Skipped(source.path, SkipReason.BAD_ROW, "no caption beside it"))
+            continue
+        group, split = source.metadata.get("group"), source.metadata.get("split")
+        yield Pair(
+            source.path,
+            source.captions,
+            group=group if isinstance(group, str) else source.path,
+            split=canonical_split(split) if isinstance(split, str) else split_of_folder(source.name),
+        )
 
 
 def _from_table(path: str, format: str, on_skip: OnSkip) -> Iterator[Pair]:

@@ -5,7 +5,8 @@ Decisions:
   disk brings them together, so that a long table needs no memory. Items come in the order of the table.
 - Identity below the table: the picture as the table writes it; a text without a picture has its `id`, else
   its content. Row numbers are no identity: a line put in at the top would change every item.
-- The user's own table may name pictures anywhere, also by absolute paths; they are only ever decoded.
+- The user's own table may name pictures anywhere, also by absolute paths and by addresses of pictures inside files
+  (`data.packed`), as a run's table of held-out pairs does; they are only ever decoded.
 - A picture that is inside its table has a `place` (`data.packed`), and its name is never looked for on the disk.
 """
 
@@ -70,9 +71,10 @@ class Finder:
     closed: bool = False
 
     def find(self, image: str) -> tuple[str, Stamp]:
-        """Absolute path and stamp; `FileNotFoundError` or another `OSError` when it is in none of them."""
+        """Absolute path or address, and stamp; `FileNotFoundError` or another `OSError` when it is in none of them."""
         if os.path.isabs(image):
-            return image, stamp_of(os.stat(image))
+            inside = packed(image)
+            return image, stamp_of(os.stat(inside.file if inside else image))
         for position, place in enumerate(self.places):
             path = os.path.normpath(os.path.join(place, image))
             try:
@@ -151,11 +153,11 @@ def sources(table: str, records: Iterable[Record], *, finder: Finder, on_skip: O
     Pairs for evaluation keep a caption that two people wrote alike: test sets are counted that way.
     """
     for record in joined(records):
-        if record.place is not None:
+        if record.place is not None or (record.image and os.path.isabs(record.image) and packed(record.image)):
             raise InputError(
                 table,
                 expected="pictures that are files",
-                got="pictures inside the table",
+                got="pictures inside a table or an archive",
                 do="Unpack them: an index shows where its pictures are.",
             )
         stated = {"id": record.id, "split": record.split, "group": record.group}

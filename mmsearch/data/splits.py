@@ -15,10 +15,24 @@ _ALIASES = {
 _NAMED = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test)(?=$|[^a-z])")
 
 
+_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)[-_ ]?\d*")
+
+
 def canonical_split(split: str) -> str:
     """The one name of a split: "val" for "dev" and "validation", "train" for "training" and "restval"."""
     lower = split.strip().lower()
     return _ALIASES.get(lower, lower)
+
+
+def split_of_folder(path: str) -> str | None:
+    """The split that one of a path's folders is called, from the last one up; a year or a number may follow.
+
+    Known values: "val/1.jpg" and "val2017/dogs/1.jpg" -> "val", "test shots/1.jpg" and "dogs/test.jpg" -> None.
+    """
+    for part in reversed(path.lower().split("/")[:-1]):
+        if found := _FOLDER.fullmatch(part):
+            return canonical_split(found[1])
+    return None
 
 
 def split_in(path: str) -> str | None:

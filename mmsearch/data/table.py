@@ -1,8 +1,9 @@
 """Tables of pictures and texts: CSV, TSV, JSON lines, and a JSON list of objects.
 
 Columns, whatever their case: a picture is in the first of `IMAGE_COLUMNS` that there is; captions are in
-`caption`, `captions`, `title`, `text` and `caption_...`; `id`, `split` and `group` mean what they say;
-everything else is metadata.
+`caption`, `captions`, `title`, `text` and `caption_...`, where a row has none of them in what else captions are called
+(`sentence`, `description`, `comment`, `alt`, `alt_text`); `id`, `split` and `group` mean what they say; everything else
+is metadata.
 
 Decisions:
 - A bad row is reported with its line and costs itself only; a table without a usable column is an error.
@@ -23,18 +24,23 @@ from mmsearch.data.texts import OnSkip, captions_in, clean, json_value, parse_js
 from mmsearch.errors import InputError
 from mmsearch.types import Skipped, SkipReason
 
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file", "filename", "file_name", "image_name")
+IMAGE_COLUMNS = (
+    *("image", "image_path", "filepath", "path", "file", "filename", "file_name", "image_name", "image_file"),
+    *("img", "img_path", "picture", "photo"),
+)
 
 Row: TypeAlias = Sequence[tuple[str, object]]
 
 _CAPTION = re.compile(r"caption_.*|caption\d*|captions|title|text")
-_LINE_CHARACTERS = 1 << 24
+_ELSE_CAPTION = re.compile(r"sentences?|descriptions?|comments?|alt|alt_text")
+_LINE_CHARACTERS, _HEADER_CHARACTERS = 1 << 24, 4096
+_SEPARATORS = ",;\t|"
 _COLUMNS = f"a column {IMAGE_COLUMNS[0]} (or {', '.join(IMAGE_COLUMNS[1:])}) or caption"
 
 
 def read_csv(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
     """Rows of comma-separated values with a header; `InputError` when the header has no usable column."""
-    return _separated(path, on_skip, ",;\t|")
+    return _separated(path, on_skip, _SEPARATORS)
 
 
 def read_tsv(path: str, *, on_skip: OnSkip) -> Iterator[Record]:
@@ -75,11 +81,12 @@ def record(line: int, row: Row) -> Record:
     stated: dict[str, str | None] = {"id": None, "split": None, "group": None}
     captions: tuple[str, ...] = ()
     metadata: dict[str, object] = {}
+    pattern = _CAPTION if any(_CAPTION.fullmatch(name) for name in lower) else _ELSE_CAPTION
     for position, (name, value) in enumerate(row):
         key = name.strip().lower()
         if position == image_at or value is None or value == "":
             continue
-        if _CAPTION.fullmatch(key):
+        if pattern.fullmatch(key):
             captions += captions_in(_listed(value))
         elif key in stated:
             stated[key] = clean(str(value))
@@ -138,12 +145,23 @@ def _split(line: str, separator: str) -> list[str]:
 
 def _usable(header: Iterable[str]) -> int:
     names = {name.strip().lower() for name in header}
-    return sum(name in IMAGE_COLUMNS or _CAPTION.fullmatch(name) is not None for name in names)
+    return sum(name in IMAGE_COLUMNS or is_caption_column(name) for name in names)
 
 
 def is_caption_column(name: str) -> bool:
-    """Whether a column of that name, in lower case, holds captions."""
-    return _CAPTION.fullmatch(name) is not None
+    """Whether a column of that name, in lower case, may hold captions."""
+    return (_CAPTION.fullmatch(name) or _ELSE_CAPTION.fullmatch(name)) is not None
+
+
+def is_table(path: str) -> bool:
+    """Whether the first line of a text file is a header with a column of pictures and one of captions."""
+    try:
+        with _open_text(path) as file:
+            first = file.readline(_HEADER_CHARACTERS)
+    except (OSError, UnicodeError):
+        return False
+    names = [{name.strip().lower() for name in _split(first, separator)} for separator in _SEPARATORS]
+    return any(any(map(is_caption_column, some)) and not some.isdisjoint(IMAGE_COLUMNS) for some in names)
 
 
 def check_columns(path: str, header: Sequence[str]) -> None:

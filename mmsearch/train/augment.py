@@ -22,7 +22,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from mmsearch.errors import UsageError
 
 _SIDES = re.compile(
-    r"\b(left|right|leftmost|rightmost|east|west|text|sign|reads?|words?|letters?|number)\b", re.IGNORECASE
+    r"\b((left|right)(most|wards?|-hand(ed)?)?|(east|west)(wards?|ern)?|text|signs?|reads?|words?|letters?|numbers?)\b",
+    re.IGNORECASE,
 )
 _CROP_TRIES = 10
 _COLOURS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

@@ -4,7 +4,10 @@ Decisions:
 - Only whole groups are held out, and always the same ones: a group's place is decided by a hash of its name below its
   source and the seed. Rows that are added or sorted differently move no other group to the other side.
 - A group named by a table means something in that table only: "7" in two tables is not one thing.
-- Rows of other splits ("test") are left alone, so that a later evaluation on them is honest.
+- Rows of other splits ("test") are left alone, so that a later evaluation on them is honest; a picture or a group of
+  theirs among the training rows is an error.
+- A table among several that is called as a split is ("val.csv") is that split, unless its rows say something else.
+- A picture that several tables list is held out of all of them.
 - What would make the numbers lie (a leak, one caption for everything) is an error; what makes them coarse is a warning.
 """
 
@@ -18,7 +21,7 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from mmsearch.data.pairs import read_pairs
-from mmsearch.data.splits import canonical_split
+from mmsearch.data.splits import canonical_split, split_of_folder
 from mmsearch.errors import InputError, UsageError
 from mmsearch.types import Pair, Skipped
 
@@ -68,13 +71,23 @@ class _Member:
     origin: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one source holds: to train on, to measure on, and what is of neither split."""
+
+    train: list[_Member]
+    val: list[Pair]
+    others: list[Pair]
+
+
 def read_examples(
     sources: Sequence[DataSource], *, val_share: float = 0.1, seed: int = 0, limit: int | None = None
 ) -> Examples:
     """Read all sources, hold out what has to be, and check that training on the rest can mean something.
 
     A source whose rows name `val_split` is split as it says; of any other, `val_share` of the groups are held out
-    (at least one, at most `MOST_HELD_OUT`, never so many that fewer than two are left; 0 holds out none).
+    (at least one, at most `MOST_HELD_OUT`, never so many that fewer than two are left; 0 holds out none), unless there
+    is a source with nothing but such rows: then that is what is measured on.
     `limit`: train on so many pairs only, whole groups as long as they fit, chosen by `seed`; a share that is held out
     is then a share of that many.
 
@@ -83,18 +96,27 @@ def read_examples(
     """
     _check_numbers(sources, val_share=val_share, limit=limit)
     skipped: list[Skipped] = []
+    read = [
+        _read_source(source, number, seed=seed, skipped=skipped, alone=len(sources) == 1)
+        for number, source in enumerate(sources)
+    ]
+    share = 0.0 if any(one.val and not one.train for one in read) else val_share
     train: list[_Member] = []
     val: list[Pair] = []
-    for number, source in enumerate(sources):
-        own, held_out = _read_source(source, number, seed=seed, skipped=skipped)
-        if not held_out:
-            own, held_out = _hold_out(own, share=val_share, limit=limit)
-        train.extend(own)
-        val.extend(held_out)
-    train = _limited(train, limit)
+    divided: list[_Member] = []
+    drawn: list[Pair] = []
+    for one in read:
+        own, held_out = (one.train, []) if one.val else _hold_out(one.train, share=share, limit=limit)
+        val.extend(one.val or held_out)
+        drawn.extend(held_out)
+        (train if one.val else divided).extend(own)
+    divided, more = _follow(divided, drawn)
+    val.extend(more)
+    train = _limited(sorted([*train, *divided], key=lambda member: member.origin), limit)
     pairs = [member.pair for member in train]
     _check_contrast(pairs, where=", ".join(source.path for source in sources))
-    _check_leak(pairs, val)
+    _check_leak(pairs, val, what="to measure on")
+    _check_leak(pairs, (pair for one in read for pair in one.others), what="in another split")
     warnings = (*_about_skipped(skipped), *_about_texts(pairs, val), *_about_val(val))
     repeats, origins = (member.repeat for member in train), (member.origin for member in train)
     return Examples(tuple(pairs), tuple(repeats), tuple(val), tuple(skipped), warnings, tuple(origins))
@@ -112,28 +134,29 @@ def _check_numbers(sources: Sequence[DataSource], *, val_share: float, limit: in
             raise UsageError(f"repeat of {source.path}", expected="1 or more", got=str(source.repeat))
 
 
-def _read_source(
-    source: DataSource, number: int, *, seed: int, skipped: list[Skipped]
-) -> tuple[list[_Member], list[Pair]]:
+def _read_source(source: DataSource, number: int, *, seed: int, skipped: list[Skipped], alone: bool) -> _Read:
     """What a source says to train on, and what it says to measure on (nothing where both splits are the same)."""
     wanted, measured = canonical_split(source.split), canonical_split(source.val_split)
     base, seen = os.path.abspath(source.path), set()
-    train: list[_Member] = []
-    val: list[Pair] = []
+    usual = None if alone else split_of_folder(f"{os.path.splitext(os.path.basename(base))[0]}/")
+    found = _Read([], [], [])
     for pair in read_pairs(source.path, on_skip=skipped.append):
-        seen.add(pair.split or "none")
+        split = pair.split or usual
+        seen.add(split or "none")
         named = pair if pair.group == pair.image else replace(pair, group=f"{base}#{pair.group}")
-        if pair.split in (wanted, None):
-            train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed), number))
-        elif pair.split == measured:
-            val.append(named)
-    if not train:
+        if split in (wanted, None):
+            found.train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed), number))
+        elif split == measured:
+            found.val.append(named)
+        else:
+            found.others.append(named)
+    if not found.train and (alone or not found.val):
         first = f", the first skipped: {skipped[0].path} ({skipped[0].reason})" if skipped else ""
         got = f"only {', '.join(sorted(seen))}" if seen else f"no pairs at all{first}"
         raise InputError(
             source.path, expected=f"pairs of split {source.split}", got=got, do="Name another split, or another path."
         )
-    return train, val
+    return found
 
 
 def _key(group: str, *, base: str, seed: int) -> int:
@@ -153,6 +176,19 @@ def _hold_out(members: list[_Member], *, share: float, limit: int | None) -> tup
         [member for member in members if member.pair.group not in chosen],
         [member.pair for member in members if member.pair.group in chosen],
     )
+
+
+def _follow(members: list[_Member], val: Sequence[Pair]) -> tuple[list[_Member], list[Pair]]:
+    """(train, val): whoever has a picture or a group of what is held out is held out too, and so on from there."""
+    held: list[Pair] = []
+    last = val
+    while last:
+        images, groups = {pair.image for pair in last}, {pair.group for pair in last}
+        joins = [member.pair.image in images or member.pair.group in groups for member in members]
+        last = [member.pair for member, join in zip(members, joins, strict=True) if join]
+        held.extend(last)
+        members = [member for member, join in zip(members, joins, strict=True) if not join]
+    return members, held
 
 
 def _limited(members: list[_Member], limit: int | None) -> list[_Member]:
@@ -179,18 +215,18 @@ def _check_contrast(pairs: Sequence[Pair], *, where: str) -> None:
         )
 
 
-def _check_leak(train: Iterable[Pair], val: Iterable[Pair]) -> None:
+def _check_leak(train: Iterable[Pair], others: Iterable[Pair], *, what: str) -> None:
     groups, images = set(), set()
     for pair in train:
         groups.add(pair.group)
         images.add(pair.image)
-    for pair in val:
+    for pair in others:
         if pair.image in images or pair.group in groups:
-            what = "picture" if pair.image in images else f"group {pair.group}"
+            shared = "picture" if pair.image in images else f"group {pair.group}"
             raise InputError(
                 pair.image,
                 expected="a picture and its group in one split only",
-                got=f"the {what} both to train on and to measure on",
+                got=f"the {shared} both to train on and {what}",
                 do="Take it out of one of the splits.",
             )
 

@@ -41,11 +41,11 @@ from mmsearch.train.curves import draw_curves
 from mmsearch.train.distributed import ranks_from
 from mmsearch.train.encoding import TowerPass, pick_device
 from mmsearch.train.examples import Examples, read_examples
-from mmsearch.train.item_validation import ItemHits
+from mmsearch.train.item_validation import ItemHits, item_texts
 from mmsearch.train.journal import METRICS, Journal
 from mmsearch.train.lora import add_lora, merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
-from mmsearch.train.setup import begin
+from mmsearch.train.setup import Beginning, begin
 from mmsearch.train.state import STATE
 from mmsearch.train.trainer import Trainer, Watcher, Workshop, digest_of, standing
 from mmsearch.train.validation import Validation, score_of
@@ -53,6 +53,8 @@ from mmsearch.train.workshop import workshop_of
 from mmsearch.types import Pair, Skipped
 
 REPORT, SETTINGS, HELD_OUT = "report.json", "settings.json", "held_out.jsonl"
+ITEM_WEIGHTS = "item."
+"""Where the names of an item head's weights begin, in the state of the towers."""
 _SHARED = "Let all nodes see one --out folder."
 
 
@@ -121,9 +123,10 @@ def train(
             settings.sources, val_share=settings.data.val_share, seed=settings.run.seed, limit=settings.data.limit
         )
         start = begin(settings.start, seed=settings.run.seed)
+        _check_ranks(settings, examples, world=ranks.world)
         bench = Bench(settings, folder, watcher or Silent(), ranks, examples, start, skipped=list(examples.skipped))
         standing(bench.folder, digest_of(settings, examples, world=ranks.world))  # refused before anything is changed
-        for warning in (*examples.warnings, *_about(settings, examples)):
+        for warning in (*examples.warnings, *_about(settings, examples, start)):
             bench.warn(warning)
         if ranks.is_main:
             write_pairs(folder / HELD_OUT, examples.val)
@@ -172,13 +175,32 @@ def _ways(found: Evaluation) -> list[tuple[str, Mapping[str, float]]]:
     return [("text_to_image", found.text_to_image.values), ("image_to_text", found.image_to_text.values)]
 
 
-def _about(settings: TrainSettings, examples: Examples) -> list[str]:
+def _check_ranks(settings: TrainSettings, examples: Examples, *, world: int) -> None:
+    """Each process needs a picture of every batch: a batch that one has none of teaches nothing."""
+    most = min(settings.run.batch_size, sum(examples.repeats))
+    if world > most:
+        raise UsageError(
+            "torchrun", expected=f"at most {most} processes for batches of {most}", got=str(world), do="Start fewer."
+        )
+
+
+def _about(settings: TrainSettings, examples: Examples, start: Beginning) -> list[str]:
     """What is allowed and likely to disappoint."""
     notes = []
     if len(examples.train) < settings.run.batch_size:
         notes.append(
             f"a batch of {settings.run.batch_size} is more than the {len(examples.train)} training pairs: "
             "each epoch is one smaller batch"
+        )
+    if start.model.item is not None and not item_texts(examples.train):
+        notes.append(
+            "no training picture has a second caption in other words, and an item's text is never its own query: "
+            "the item head learns from pictures alone"
+        )
+    if not settings.start.model and not settings.start.image_weights and settings.image.train != "all":
+        notes.append(
+            "the image backbone begins with random numbers, and some of it stays so: "
+            "set image.train=all and image.rate=1"
         )
     return notes
 
@@ -192,9 +214,11 @@ def _wise(bench: Bench, trainer: Trainer, shop: Workshop, initial: Mapping[str, 
         return 1.0
     validation = shop.validation
     after = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    # Text -> image and image -> text say nothing of how a picture and a text are joined: that stays as it was learnt.
+    before = {name: after[name] if name.startswith(ITEM_WEIGHTS) else value for name, value in initial.items()}
     bench.watcher.note("weighing the weights before and after (WiSE-FT)")
     share, scores = choose_share(
-        trainer.model, initial, after, refresh=shop.anchors.refresh,
+        trainer.model, before, after, refresh=shop.anchors.refresh,
         evaluate=lambda: score_of(validation.evaluate(name="mixed")),
     )  # fmt: skip
     told = ", ".join(f"{one:g}: {100 * score:.1f}" for one, score in scores)
@@ -215,7 +239,9 @@ def _finished(
             after, items = _stored(bench, shop.passes, shop.validation)
             comparison = _compared(bench, before, after)
             if share == 0.0:
-                bench.warn("no share of the new weights was better than the model before: it was kept as it was")
+                bench.warn(
+                    "no share of the new weights was better than the model before: the towers were kept as they were"
+                )
         card = card_of(bench.settings, bench.examples, comparison, start=bench.start.name, share=share)
         (bench.out / BEST / "README.md").write_text(card, "utf-8")
         draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")

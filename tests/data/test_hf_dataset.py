@@ -413,5 +413,5 @@ def test_arrow_offsets_that_leave_and_come_back_are_an_error(tmp_path):
 def test_an_index_refuses_pictures_inside_a_table(tmp_path):
     """With a reason; texts and named pictures are indexed as before."""
     path = as_parquet(tmp_path / "t.parquet", rows(0, 2))
-    with pytest.raises(InputError, match="pictures inside the table"):
+    with pytest.raises(InputError, match="pictures inside a table or an archive"):
         list(read_collection([str(path)], on_skip=print))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import pytest
 from picture_builders import png
@@ -56,14 +58,69 @@ def test_a_column_group_joins_what_belongs_together(tmp_path):
 
 
 def test_a_folder_with_side_cars(tmp_path):
-    """Pictures with texts are pairs; pictures without are not, and are not reported."""
+    """Pictures with texts are pairs; pictures without are not, and are reported unless nobody wants to know."""
     pictures(tmp_path, "a.jpg", "s/b.jpg", "c.jpg")
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "s" / "b.json").write_text('{"caption": "three", "split": "validation", "group": "g"}')
     pairs, skipped = read(tmp_path)
     assert short(pairs, tmp_path) == [("a.jpg", ("one", "two"), None), ("s/b.jpg", ("three",), "val")]
     assert pairs[1].group == "g"
-    assert skipped == []
+    assert [(s.path, s.reason, s.detail) for s in skipped] == [
+        (str(tmp_path / "c.jpg"), SkipReason.BAD_ROW, "no caption beside it")
+    ]
+    assert read(tmp_path, tell_bare=False) == (pairs, [])
+
+
+def test_folders_of_a_folder_with_side_cars_name_splits(tmp_path):
+    """What a side-car says counts first; a folder that only begins like a split is none, nor is a file's name."""
+    for name in ("train/a", "val2017/dogs/b", "Test/c", "test shots/d", "dogs/train", "train/e"):
+        pictures(tmp_path, f"{name}.jpg")
+        (tmp_path / f"{name}.txt").write_text("x")
+    (tmp_path / "train" / "e.txt").unlink()
+    (tmp_path / "train" / "e.json").write_text('{"caption": "x", "split": "dev"}')
+    found = {image: split for image, _, split in short(read(tmp_path)[0], tmp_path)}
+    assert found == {
+        "train/a.jpg": "train", "val2017/dogs/b.jpg": "val", "Test/c.jpg": "test", "test shots/d.jpg": None,
+        "dogs/train.jpg": None, "train/e.jpg": "val",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", ["img,sentence", "picture,description", "image_name,comment", "photo,alt"])
+def test_other_names_of_columns(tmp_path, columns):
+    """As published data sets have them."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text(f"{columns}\n1.jpg,a dog\n")
+    assert short(read(tmp_path / "t.csv")[0], tmp_path) == [("1.jpg", ("a dog",), None)]
+
+
+def test_what_else_captions_are_called_counts_only_without_captions(tmp_path):
+    """A comment beside a caption is a comment."""
+    pictures(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text("image,caption,comment\n1.jpg,a dog,blurred\n")
+    assert short(read(tmp_path / "t.csv")[0], tmp_path) == [("1.jpg", ("a dog",), None)]
+
+
+def test_a_text_file_with_a_header_is_a_table(tmp_path):
+    """captions.txt beside the folder Images, as Flickr8k is often handed round; other texts are none."""
+    pictures(tmp_path, "Images/1.jpg")
+    (tmp_path / "captions.txt").write_text('image,caption\n1.jpg,a dog\n1.jpg,"a dog, running"\n')
+    assert short(read(tmp_path / "captions.txt")[0], tmp_path) == [("Images/1.jpg", ("a dog", "a dog, running"), None)]
+    (tmp_path / "notes.txt").write_text("a text, with an image in it\n")
+    with pytest.raises(InputError, match="Name its format"):
+        read(tmp_path / "notes.txt")
+
+
+def test_a_table_may_name_pictures_inside_files(tmp_path):
+    """By their address, as the held-out pairs of a run over shards do."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in (("1.jpg", png()), ("1.txt", b"a dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = read(tmp_path / "s.tar")[0]
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"image": pairs[0].image, "captions": ["a dog"]}))
+    assert [(p.image, p.captions) for p in read(path)[0]] == [(pairs[0].image, ("a dog",))]
 
 
 def test_karpathy_splits(tmp_path):

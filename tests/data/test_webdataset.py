@@ -325,7 +325,7 @@ def test_a_folder_of_photos_with_an_archive_stays_one(tmp_path, name):
 def test_an_index_refuses_a_shard_with_a_reason(tmp_path):
     """It would show pictures that no program can open."""
     path = shard(tmp_path / "s.tar", samples(0, 3))
-    with pytest.raises(InputError, match="pictures inside the table"):
+    with pytest.raises(InputError, match="pictures inside a table or an archive"):
         list(read_collection([str(path)], on_skip=print))
 
 

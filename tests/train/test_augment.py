@@ -82,7 +82,8 @@ def test_every_operation_gives_a_picture_of_the_same_size(operation, strength):
     [
         ("a dog on the left", True), ("The RIGHTMOST car", True), ("a stop sign", True), ("a man reads", True),
         ("a dog left of it.", True), ("leftover food", False), ("a bright day", False), ("two cats", False),
-        ("", False),
+        ("", False), ("looking leftwards", True), ("a right-handed batter", True), ("the western wall", True),
+        ("two signs", True), ("a bright-eyed cat", False),
     ],
 )  # fmt: skip
 def test_captions_that_mirroring_would_make_false_are_known(caption, expected):

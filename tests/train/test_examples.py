@@ -165,6 +165,52 @@ def test_a_picture_in_both_splits_is_an_error_that_names_it(tmp_path, apart):
         read(*paths)
 
 
+@pytest.mark.parametrize("by", ["picture", "group"])
+def test_what_leaks_into_another_split_is_an_error_too(tmp_path, by):
+    """A test row of a training picture would make the last figure a lie."""
+    leak = ("1.jpg", "another", "test", None) if by == "picture" else ("9.jpg", "another", "test", "g")
+    rows = [("0.jpg", "zero", "train", "g"), *named("train", 3, start=1), leak]
+    with pytest.raises(InputError, match=rf"the {by}.* both to train on and in another split"):
+        read(table(tmp_path, rows), val_share=0)
+
+
+def test_a_table_with_nothing_but_validation_rows_is_what_is_measured_on(tmp_path):
+    """captions_train.json and captions_val.json: nothing of the other is held out besides."""
+    paths = [table(tmp_path, unsplit(20)), table(tmp_path, named("val", 3), name="other.jsonl")]
+    for sources in (paths, paths[::-1]):
+        found = read(*sources)
+        assert (len(found.train), images(found.val)) == (20, ["0.jpg", "1.jpg", "2.jpg"])
+
+
+def test_among_several_tables_a_name_that_is_a_split_counts(tmp_path):
+    """train.jsonl, val.jsonl and test.jsonl; a single table is to be trained on whatever it is called."""
+    named_so = [table(tmp_path, unsplit(4, prefix=name), name=f"{name}.jsonl") for name in ("train", "val")]
+    found = read(*named_so)
+    assert images(found.train) == [f"train{i}.jpg" for i in range(4)]
+    assert images(found.val) == [f"val{i}.jpg" for i in range(4)]
+    assert len(read(named_so[1], val_share=0).train) == 4
+    with pytest.raises(InputError, match=r"test\.jsonl: expected pairs of split train, got only test"):
+        read(*named_so, table(tmp_path, unsplit(4, prefix="t"), name="test.jsonl"))
+
+
+def test_a_picture_that_two_tables_list_is_held_out_of_both(tmp_path):
+    """Also where the tables lie in different folders and name groups of their own, which then follow."""
+    (tmp_path / "deep").mkdir()
+    rows = unsplit(30)
+    first = table(tmp_path, rows)
+    second = tmp_path / "deep" / "more.jsonl"
+    second.write_text(
+        "\n".join(
+            json.dumps({"image": str(tmp_path / image), "caption": f"again {image}", "group": f"g{i // 2}"})
+            for i, (image, *_) in enumerate(rows)
+        )
+    )
+    found = read(first, str(second), val_share=0.2)
+    held, learnt = set(images(found.val)), set(images(found.train))
+    assert held and learnt and not held & learnt
+    assert len(found.train) + len(found.val) == 60
+
+
 def test_one_caption_for_all_is_an_error_that_shows_it(tmp_path):
     """Most likely the wrong column."""
     rows = [(f"{i}.jpg", "A  photo", None, None) for i in range(9)] + [("x.jpg", "a photo", None, None)]

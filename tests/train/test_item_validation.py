@@ -21,7 +21,7 @@ from mmsearch.towers.item import build_item_fusion
 from mmsearch.train.bench import Bench, Silent
 from mmsearch.train.item_validation import item_forms, item_hits, item_texts
 from mmsearch.train.run import TrainReport, _stored, train
-from mmsearch.train.setup import Beginning
+from mmsearch.train.setup import Beginning, begin
 from mmsearch.train.validation import Validation
 from mmsearch.types import Pair
 
@@ -281,6 +281,29 @@ def test_the_report_of_a_run_without_a_head_or_held_out_pairs_has_none(item, val
                       start={"model": str(plain_checkpoint.directory), "item": item})  # fmt: skip
     assert train(chosen, tmp_path / "o").items is None
     assert json.loads((tmp_path / "o" / "report.json").read_text())["items"] is None
+
+
+def test_weighing_weights_leaves_the_head_as_it_was_learnt(tmp_path, monkeypatch):
+    """Towers that are not better go back to what they were; what joins picture and text was never measured."""
+    start = tiny_checkpoint(tmp_path / "start").directory
+    chosen = settings(table(tmp_path / "d", 8), start={"model": str(start), "item": "gated"},
+                      run={"epochs": 1, "lr": 1e-2, "ema": 0.0, "wise": True})  # fmt: skip
+    monkeypatch.setattr("mmsearch.train.run.score_of", lambda found: 0.5)  # a tie: the smallest share is taken
+    report = train(chosen, tmp_path / "o")
+    assert report.share == 0.0
+    first, last = begin(chosen.start, seed=0).model.state_dict(), load_dual_encoder(report.checkpoint).state_dict()
+    changed = {name.split(".")[0] for name, value in last.items() if not torch.allclose(value, first[name], atol=1e-3)}
+    assert changed == {"item"}
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+def test_an_item_head_without_second_captions_is_warned_about(captions, tmp_path):
+    """A photo with one title has no text beside its query: such a head would look trained."""
+    start = tiny_checkpoint(tmp_path / "start").directory
+    chosen = settings(table(tmp_path / "d", 8, captions=captions), start={"model": str(start), "item": "gated"},
+                      run={"epochs": 1})  # fmt: skip
+    warned = [one for one in train(chosen, tmp_path / "o").warnings if "learns from pictures alone" in one]
+    assert len(warned) == (captions == 1)
 
 
 # On the command line

@@ -14,8 +14,8 @@ from mmsearch.errors import InputError, ModelError, ResourceError, UsageError
 from mmsearch.evaluate.comparison import Verdict
 from mmsearch.towers.checkpoint import Checkpoint
 from mmsearch.train.card import card_of
-from mmsearch.train.examples import Examples
-from mmsearch.train.run import train
+from mmsearch.train.examples import Examples, read_examples
+from mmsearch.train.run import _check_ranks, train
 from mmsearch.train.settings import settings_from
 from mmsearch.types import Pair, SkipReason
 
@@ -179,6 +179,22 @@ def test_a_small_table_is_one_smaller_batch_and_says_so(plain_checkpoint, tmp_pa
     assert (report.steps, report.comparison) == (1, None)
     assert any("more than the 6 training pairs" in warning for warning in report.warnings)
     assert any("no pairs are held out" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(("stages", "warned"), [("all", False), (1, True)])
+def test_a_backbone_that_stays_random_is_warned_about(stages, warned, tmp_path):
+    """The default learns the last stages only, which suits trained ones."""
+    chosen = settings(table(tmp_path / "d", 8), start=anew(tmp_path), image={"train": stages}, run={"epochs": 1})
+    assert any("random numbers" in one for one in train(chosen, tmp_path / "o").warnings) is warned
+
+
+def test_more_processes_than_pictures_in_a_batch_are_refused(plain_checkpoint, tmp_path):
+    """Every step would be dropped, and the run would end as if it had learned."""
+    chosen = settings(table(tmp_path / "d", 8), start={"model": str(plain_checkpoint.directory)})
+    examples = read_examples(chosen.sources)
+    _check_ranks(chosen, examples, world=4)
+    with pytest.raises(UsageError, match="at most 4 processes for batches of 4, got 5"):
+        _check_ranks(chosen, examples, world=5)
 
 
 def test_another_run_in_the_same_folder_is_refused(plain_checkpoint, tmp_path):
