@@ -327,7 +327,7 @@ def to_pixels(picture: Image | Pixels | os.PathLike[str], preprocessing: Preproc
     from PIL import ImageOps
 
     from mmsearch.data.colour import to_rgb
-    from mmsearch.data.images import open_image, prepare
+    from mmsearch.data.images import prepare
 
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -337,9 +337,19 @@ def to_pixels(picture: Image | Pixels | os.PathLike[str], preprocessing: Preproc
     if isinstance(picture, Pil.Image):
         return prepare(to_rgb(ImageOps.exif_transpose(picture)), preprocessing)
     if isinstance(picture, os.PathLike):
-        return prepare(open_image(picture, target=preprocessing.size)[0], preprocessing)
+        return file_pixels(os.fspath(picture), preprocessing)
     got = type(picture).__name__
     raise UsageError("picture", expected="a PIL image, pixels or a Path", got=got, do="Write Path(...) for a path.")
+
+
+def file_pixels(path: str, preprocessing: Preprocessing) -> Pixels:
+    """(s, s, 3) uint8 of the picture at a path, a URI or an address of `data.packed`. A `Path` of a URI loses a slash.
+
+    Raises `ImageError` where it cannot be read.
+    """
+    from mmsearch.data.images import open_image, prepare
+
+    return prepare(open_image(path, target=preprocessing.size)[0], preprocessing)
 
 
 def _in_batches(
@@ -385,4 +395,4 @@ def _out_of_memory(what: str) -> ResourceError:
     return ResourceError(what, expected="enough memory", got="none left", do="Free memory or use a smaller model.")
 
 
-__all__ = ["BUNDLED", "Encoder", "Encodes", "JoinsItems", "fastest_backend", "to_pixels"]
+__all__ = ["BUNDLED", "Encoder", "Encodes", "JoinsItems", "fastest_backend", "file_pixels", "to_pixels"]

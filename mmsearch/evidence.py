@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmsearch.encoder import to_pixels
+from mmsearch.encoder import file_pixels
 from mmsearch.errors import ImageError
 from mmsearch.rerank.commonness import rarity as rarity_of
 from mmsearch.rerank.scores import Evidence, Scoring
@@ -25,8 +25,6 @@ from mmsearch.rerank.tokens import Patches, unpack
 from mmsearch.types import Embeddings, Hit, Modality, ModelIdentity, Pixels, Preprocessing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mmsearch.encoder import Encodes
     from mmsearch.rerank.config import RerankConfig
     from mmsearch.store.base import Snapshot
@@ -310,13 +308,7 @@ class WordsAndItems:
         found: list[tuple[int, Pixels]] = []
         for place, hit in missing:
             try:
-                found.append((place, to_pixels(_path(hit), self._means.reranker.preprocessing)))
+                found.append((place, file_pixels(str(hit.item.path), self._means.reranker.preprocessing)))
             except ImageError:
                 continue
         return found
-
-
-def _path(hit: Hit) -> Path:
-    from pathlib import Path
-
-    return Path(str(hit.item.path))

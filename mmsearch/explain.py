@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmsearch.encoder import to_pixels
+from mmsearch.encoder import file_pixels
 from mmsearch.errors import ImageError, ResourceError
 from mmsearch.types import NO_PARTS, Hit, Preprocessing
 
@@ -68,7 +68,7 @@ def explain(
     if not words or path is None or not reranker.reads_tokens:
         return Explanation(parts=hit.parts)
     try:
-        pixels = to_pixels(Path(path), reranker.preprocessing)
+        pixels = file_pixels(path, reranker.preprocessing)
     except ImageError:
         return Explanation(parts=hit.parts)
     looks = reranker.attention(

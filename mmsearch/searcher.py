@@ -25,7 +25,7 @@ from mmsearch.errors import IndexNotFoundError, MmsearchError
 from mmsearch.hits import Asked, Hits, hidden_note, text_answered
 from mmsearch.opened import OneIndex, Opened, check_same_space, directories
 from mmsearch.rerank.rank_fusion import merge_by_rank
-from mmsearch.rerank.request import MAX_DEPTH, Rerank, asked_for, no_probabilities
+from mmsearch.rerank.request import MAX_DEPTH, STORE_TOKENS, Rerank, asked_for, no_probabilities
 from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import Embeddings, Hit, Modality, ModelIdentity, Preprocessing
@@ -60,6 +60,7 @@ class Searcher:
         else:
             self._reranker = reranker
         self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._warm = False
         self._view = self._index.view()
 
     @classmethod
@@ -207,7 +208,7 @@ class Searcher:
         wish = asked.rerank
         more: list[str] = []
         with self._viewing() as view:
-            stage = self._second_stage(view, more, asked=asked) if wish.depth else None
+            stage = self._second_stage(view, more, asked=asked, of_text=text is not None) if wish.depth else None
             if stage is not None:
                 from mmsearch.evidence import Question
 
@@ -230,16 +231,17 @@ class Searcher:
         finally:
             view.leave()
 
-    def _second_stage(self, view: View, notes: list[str], *, asked: Asked) -> SecondStage | None:
+    def _second_stage(self, view: View, notes: list[str], *, asked: Asked, of_text: bool) -> SecondStage | None:
         """What re-orders; None where "auto" finds nothing to do it with, and a note where that is no normal state."""
         wish = asked.rerank
         may_skip = wish.is_auto and not wish.needs_probabilities
-        if wish.is_auto and not view.has_tokens():
+        reads_pictures = of_text and asked.to != "text"  # of the index; captions need none of it
+        if wish.is_auto and reads_pictures and not view.has_tokens() and self._reads_tokens():
             if not may_skip:
-                raise no_probabilities("an index without stored tokens")
+                raise no_probabilities("an index without stored tokens", do=STORE_TOKENS)
             return None
-        if may_skip and (asked.k > MAX_DEPTH or not self._can_rerank()):
-            return None
+        if may_skip and (asked.k > MAX_DEPTH or of_text == (asked.to == "text") or not self.has_reranker):
+            return None  # texts for a text and pictures for a picture keep their order
         try:
             reranker = self.reranker
         except MmsearchError as error:
@@ -247,21 +249,37 @@ class Searcher:
                 raise
             notes.append(f"not re-ranked: {error}")
             return None
-        from mmsearch.second_stage import SecondStage
+        from mmsearch.second_stage import SecondStage, warmed
 
+        if wish.budget_ms is not None and not self._warm:
+            warmed(reranker)
+            self._warm = True
         return SecondStage(reranker, self.encoder, view.tokens(reranker.tokens_identity))
 
-    def _can_rerank(self) -> bool:
+    @property
+    def has_reranker(self) -> bool:
         """Whether there is a re-ranker to load; nothing is loaded to find out."""
         if self._reranker is not None or self._reranker_of is not None:
             return True
-        from mmsearch.rerank.checkpoint import has_reranker
+        from mmsearch.rerank.present import has_reranker
         from mmsearch.towers.locate import locate
 
         try:
             return has_reranker(locate(self._model_with_reranker())[0])
         except MmsearchError:
             return False  # a model that is handed over and lies in no directory
+
+    def _reads_tokens(self) -> bool:
+        """Whether the re-ranker, if there is one, reads patch tokens; nothing is loaded to find out."""
+        if self._reranker is not None:
+            return self._reranker.reads_tokens
+        from mmsearch.rerank.present import reads_tokens
+        from mmsearch.towers.locate import locate
+
+        try:
+            return reads_tokens(locate(self._model_with_reranker())[0])
+        except MmsearchError:
+            return True
 
     def _model_with_reranker(self) -> str | Path | None:
         if self._reranker_of is not None:

@@ -7,8 +7,9 @@ Decisions:
   with texts, or with both; ties keep the first stage's order. The score that is shown is the probability.
 - "auto" never opens a picture: it re-ranks where at least 90 % of the pictures have stored tokens, and the others are
   judged by their cosine. A depth that was named reads files where tokens are missing.
-- `budget_ms` is the time of the second stage alone. The first 8 candidates are read and timed; then as many follow as
-  fit into what is left at that pace. At least 8 and at least as many as are to be shown are read, whatever they cost.
+- `budget_ms` is the time of the second stage alone, of a re-ranker that has been `warmed`. The first 8 candidates are
+  read and timed; then as many follow as fit into what is left at that pace. At least 8 and at least as many as are to
+  be shown are read, whatever they cost.
 - Candidates that no fitted case of the scoring covers come last, with their cosine as score and without a probability;
   a note says so.
 """
@@ -26,8 +27,10 @@ from numpy.typing import NDArray
 from mmsearch.errors import ModelError
 from mmsearch.evidence import Gathers, HoldsTokens, Means, Question, Reranks, gathering
 from mmsearch.rerank.calibration import probability_of
-from mmsearch.rerank.request import Rerank, no_probabilities
+from mmsearch.rerank.commonness import rarity
+from mmsearch.rerank.request import STORE_TOKENS, Rerank, no_probabilities
 from mmsearch.rerank.scores import PARTS, Evidence, Scoring
+from mmsearch.rerank.tokens import quantise
 from mmsearch.types import Hit
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ AT_ONCE = 64
 ENOUGH_STORED = 0.9
 
 NOTHING = "nothing in this index matches"
+CAPTIONS_INSTEAD = "Captions for a picture can be re-ranked: --to text."
 
 Floats = NDArray[np.float64]
 
@@ -51,6 +55,15 @@ class Reordered:
 
     hits: tuple[Hit, ...]
     notes: tuple[str, ...] = ()
+
+
+def warmed(reranker: Reranks) -> Reranks:
+    """The same, after one pair of nothing: graphs and banks are there, and the first candidates are timed as others."""
+    config, row = reranker.config, np.zeros((1, reranker.towers.dim), np.float32)
+    patches = quantise(np.zeros((1, config.patches, config.patch_dim), np.float32))
+    reranker.logits(reranker.read_texts(["a"]), row, patches, row, pairs=np.zeros((1, 2), np.int64))
+    rarity(row, reranker.caption_bank)
+    return reranker
 
 
 class SecondStage:
@@ -84,12 +97,12 @@ class SecondStage:
         gather = gathering(question, hits[: asked.competing(k)], to=to, means=means)
         if gather is None:
             if asked.needs_probabilities:
-                raise no_probabilities("pictures like a picture, which no words describe")
-            note = "not re-ranked: there are no words to read together with the pictures"
+                raise no_probabilities("pictures like a picture, which no words describe", do=CAPTIONS_INSTEAD)
+            note = f"not re-ranked: pictures like a picture have no words to be read with. {CAPTIONS_INSTEAD}"
             return None if asked.is_auto else Reordered(tuple(hits[:k]), (note,))
         if asked.is_auto and gather.stored < ENOUGH_STORED:
             if asked.needs_probabilities:
-                raise no_probabilities(f"stored tokens of {gather.stored:.0%} of the candidates")
+                raise no_probabilities(f"stored tokens of {gather.stored:.0%} of the candidates", do=STORE_TOKENS)
             return None
         hits = hits[: asked.competing(k)]
         if not hits:

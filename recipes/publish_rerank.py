@@ -12,7 +12,8 @@ import json
 import shutil
 from pathlib import Path
 
-from mmsearch.rerank.checkpoint import RERANK, RERANK_CARD, RerankCheckpoint
+from mmsearch.rerank.checkpoint import RERANK_CARD, RerankCheckpoint
+from mmsearch.rerank.present import RERANK
 from mmsearch.towers.locate import locate
 
 

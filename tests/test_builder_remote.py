@@ -11,8 +11,10 @@ from PIL import Image
 
 from mmsearch.builder import build
 from mmsearch.errors import InputError
+from mmsearch.explain import explain
+from mmsearch.searcher import Searcher
 from mmsearch.store import IndexStore
-from mmsearch.testing import ColorEncoder
+from mmsearch.testing import ColorEncoder, ColorReranker
 from mmsearch.types import Modality, SkipReason
 
 PHOTOS = "memory://bucket/photos"
@@ -59,6 +61,17 @@ def test_remote_pictures_have_the_rows_of_local_ones(memory, tmp_path):
     assert {(s.path, s.reason) for s in report.skipped} == {
         (f"{PHOTOS}/broken.png", SkipReason.TRUNCATED), (f"{PHOTOS}/empty.png", SkipReason.EMPTY),
     }  # fmt: skip
+
+
+def test_remote_pictures_are_re_ranked_and_explained_without_stored_tokens(memory, tmp_path):
+    """A URI that becomes a path on its way loses a slash, and every picture would count as gone."""
+    run(tmp_path / "index")
+    encoder, reranker = ColorEncoder(), ColorReranker()
+    with Searcher.open(tmp_path / "index", encoder=encoder, reranker=reranker) as searcher:
+        hits = searcher.search_text("blue", k=2, rerank=9)
+    assert (reranker.read, hits.notes) == (9, ())
+    why = explain(hits[0], reranker=reranker, encoder=encoder, text="blue")
+    assert why.grid is not None and why.picture.startswith("memory://")
 
 
 def test_only_what_changed_is_fetched_again(memory, tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 from mmsearch import Encoder
 from mmsearch.cli.demo import sample_photos
 from mmsearch.data.images import open_image, prepare
-from mmsearch.rerank.checkpoint import GRAPHS, RERANK, RERANK_CARD, RERANK_WEIGHTS
+from mmsearch.rerank.checkpoint import GRAPHS, RERANK_CARD, RERANK_WEIGHTS
+from mmsearch.rerank.present import RERANK
 from mmsearch.towers.locate import BUNDLED
 
 pytestmark = pytest.mark.skipif(not (BUNDLED / "config.json").exists(), reason="no bundled checkpoint in this tree")

@@ -245,6 +245,59 @@ def test_pictures_like_a_picture_are_left_as_they_are(stored):
             searcher.search_image(halves("red", "green"), rerank=Rerank(64, min_probability=0.5))
 
 
+def test_captions_for_a_picture_need_no_stored_tokens(tmp_path):
+    """The picture is the query: "auto" re-ranks them without the tokens of any other."""
+    folder = photos(tmp_path, ("red", "green"), ("cyan", "black"))
+    (folder / "red-green.txt").write_text("red and green\n")
+    (folder / "cyan-black.txt").write_text("yellow words\n")
+    with opened(indexed(tmp_path, tokens=False)) as searcher:
+        hits = searcher.search_image(halves("red", "green"), k=2, to="text", rerank="auto")
+        assert hits[0].caption == "red and green" and hits[0].probability is not None
+        strict = Rerank(min_probability=0.5)
+        assert [h.caption for h in searcher.search_image(halves("red", "green"), to="text", rerank=strict)] == [
+            "red and green"
+        ]
+        texts = searcher.search_text("yellow", to="text", rerank=strict)
+        assert [hit.caption for hit in texts] == ["yellow words"]
+
+
+def test_a_fusion_that_reads_no_tokens_needs_none_stored(tmp_path):
+    """`mmsearch index --tokens` has nothing to keep for it, so "auto" must not ask for that."""
+    photos(tmp_path, ("red", "blue"), ("green", "black"))
+    reranker = ColorReranker()
+    reranker.reads_tokens = False
+    reranker.logits = lambda words, texts, patches, rows, *, pairs, batch_size=64: (
+        8.0 * (texts @ rows.T)[0][pairs[:, 1]].astype(np.float32)
+    )
+    with opened(indexed(tmp_path, tokens=False), reranker) as searcher:
+        assert searcher.search_text("red", k=1, rerank="auto")[0].probability is not None
+        assert searcher.search_text("red", k=1, rerank=Rerank(min_probability=0.01))
+    assert reranker.read == 0
+
+
+def test_what_to_do_instead_fits_the_case(stored):
+    """Storing tokens helps nobody who asks for pictures like a picture."""
+    wish = Rerank(64, cut="auto")
+    with opened(stored) as searcher, pytest.raises(UsageError, match=r"--to text\.") as raised:
+        searcher.search_image(halves("red", "green"), rerank=wish)
+    assert "tokens" not in str(raised.value)
+
+
+def test_a_budget_does_not_count_what_is_loaded_once(stored):
+    """A first query reads as many as the next: graphs and banks are there before the clock starts."""
+    calls = []
+
+    class Lazy(ColorReranker):
+        def logits(self, *args, pairs, **options):
+            calls.append(len(pairs))
+            return super().logits(*args, pairs=pairs, **options)
+
+    with opened(stored, Lazy()) as searcher:
+        for _ in range(2):
+            assert len(searcher.search_text("red", k=3, rerank=Rerank(8, budget_ms=10_000.0))) == 3
+    assert calls == [1, 8, 8]  # one pair of nothing, then both queries
+
+
 def test_texts_for_a_text_keep_their_order_and_get_probabilities(stored):
     """Nothing is read together, but a cosine can be calibrated; "auto" leaves them alone."""
     with opened(stored) as searcher:

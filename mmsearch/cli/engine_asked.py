@@ -1,4 +1,4 @@
-"""What `query` asks of an engine, or of an index directory under conditions; and which options go with neither."""
+"""What commands ask of an engine, or of an index directory under conditions; and which options go with neither."""
 
 from __future__ import annotations
 
@@ -40,3 +40,10 @@ def open_engine_searcher(
             raise
         do = "Conditions are not searched over a bridge: leave out --model or --where, or give the index that model."
         raise UsageError("--model", expected="the model of the index beside --where", got=model, do=do) from error
+
+
+def check_no_cluster(**options: str | None) -> None:
+    """Options of a cluster mean nothing without one."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise UsageError(f"--{given}", expected="--engine ray beside it", got="--engine local")

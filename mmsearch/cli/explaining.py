@@ -17,6 +17,7 @@ _NAMES = {
     "text_cosine": "captions",
     "rarity": "rarity",
     "bias": "beforehand",
+    "calibration": "calibration",
 }
 _LONGEST_NAME = 80
 

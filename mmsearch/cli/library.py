@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmsearch.errors import UsageError
-
 if TYPE_CHECKING:
     from mmsearch.bridge_build import BridgeReport
     from mmsearch.encoder import Encoder, Encodes
@@ -38,13 +36,6 @@ if TYPE_CHECKING:
     from mmsearch.types import BuildReport, Hit
 
 
-def _check_no_cluster(**options: str | None) -> None:
-    """Options of a cluster mean nothing without one."""
-    given = next((name for name, value in options.items() if value is not None), None)
-    if given is not None:
-        raise UsageError(f"--{given}", expected="--engine ray beside it", got="--engine local")
-
-
 class Library:
     """What the commands call. `encoder`, `reranker`: used by all of them instead of loading a model's."""
 
@@ -64,13 +55,14 @@ class Library:
     ) -> BuildReport:
         """`mmsearch.builder.build`; options that are None are left to it. `address`, `work`: of the engine "ray"."""
         from mmsearch.builder import build
+        from mmsearch.cli.engine_asked import check_no_cluster
         from mmsearch.data.images import Limits
 
         limits = Limits() if max_pixels is None else Limits(max_pixels=max_pixels)
         given = {name: value for name, value in options.items() if value is not None}
         models: dict[str, Any] = {"encoder": self._encoder, "reranker": self._reranker}
         if engine == "local":
-            _check_no_cluster(address=address, work=work)
+            check_no_cluster(address=address, work=work)
             return build(paths, out, limits=limits, **models, **given)
         from mmsearch.scale.ray_encode import RayEngine
 
@@ -103,9 +95,11 @@ class Library:
         return Searcher.open(path, encoder=encoder, device=device, reranker=reranker or self._reranker, partial=partial)
 
     def explain(self, searcher: Searcher, hit: Hit, *, text: str | None, picture: str | None) -> Explanation:
-        """`mmsearch.explain.explain` with the models of a searcher."""
-        from mmsearch.explain import explain
+        """`mmsearch.explain.explain` with the models of a searcher; nothing where it has no re-ranker."""
+        from mmsearch.explain import Explanation, explain
 
+        if not searcher.has_reranker:
+            return Explanation()
         return explain(hit, reranker=searcher.reranker, encoder=searcher.encoder, text=text, picture=picture)
 
     def draw(self, searcher: Searcher, explanation: Explanation, target: Path) -> bool:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from mmsearch.errors import ModelError, ResourceError, UsageError
 from mmsearch.rerank.config import RerankConfig
+from mmsearch.rerank.present import RERANK, has_reranker
 from mmsearch.towers.checkpoint import (
     CARD,
     CONFIG,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from mmsearch.towers.dual_encoder import DualEncoder
 
 FORMAT = 1
-RERANK, RERANK_WEIGHTS, RERANK_CARD = "rerank.json", "rerank.safetensors", "RERANK.md"
+RERANK_WEIGHTS, RERANK_CARD = "rerank.safetensors", "RERANK.md"
 WORDS_GRAPH, PATCHES_GRAPH, MATCH_GRAPH = "words.onnx", "patches.onnx", "match.onnx"
 MATCH_ONE_GRAPH = "match_one.onnx"
 GRAPHS = (WORDS_GRAPH, PATCHES_GRAPH, MATCH_GRAPH, MATCH_ONE_GRAPH)
@@ -150,11 +151,6 @@ class RerankCheckpoint:
                 got=f"{there[:12]} in {WEIGHTS}",
                 do="The re-ranker was trained on other towers: train one on these, or remove rerank.json.",
             )
-
-
-def has_reranker(directory: Path) -> bool:
-    """Whether a model directory has a re-ranker beside its towers."""
-    return (directory / RERANK).is_file()
 
 
 def save_reranker(

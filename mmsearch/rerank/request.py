@@ -41,7 +41,7 @@ class Rerank:
         if self.budget_ms is not None and not 0.0 < self.budget_ms < float("inf"):
             raise UsageError("budget", expected="milliseconds, more than 0", got=str(self.budget_ms))
         if not depth and self.needs_probabilities:
-            raise no_probabilities("re-ranking is off")
+            raise no_probabilities("re-ranking is off", do="Leave --rerank auto, or name a depth: --rerank 64.")
 
     @property
     def needs_probabilities(self) -> bool:
@@ -69,14 +69,13 @@ def depth_of(words: str) -> int | str:
     return int(words[:9])
 
 
-def no_probabilities(got: str) -> UsageError:
+def no_probabilities(got: str, *, do: str) -> UsageError:
     """The error of a search that asks for probabilities where there are none."""
-    return UsageError(
-        "min probability and cut",
-        expected="a search that is re-ranked",
-        got=got,
-        do="Store what is needed once, mmsearch index --tokens, or name a depth: --rerank 64.",
-    )
+    return UsageError("min probability and cut", expected="a search that is re-ranked", got=got, do=do)
+
+
+STORE_TOKENS = "Store what is needed once, mmsearch index --tokens, or name a depth: --rerank 64."
+"""What to do where "auto" lacks patch tokens."""
 
 
 def asked_for(wish: Rerank | int | str) -> Rerank:

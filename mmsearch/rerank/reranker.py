@@ -37,9 +37,9 @@ from mmsearch.rerank.checkpoint import (
     PATCHES_GRAPH,
     WORDS_GRAPH,
     RerankCheckpoint,
-    has_reranker,
     load_rerank_model,
 )
+from mmsearch.rerank.present import has_reranker
 from mmsearch.rerank.sides import Sides, Words, checked_pairs
 from mmsearch.rerank.tokens import Patches, quantise
 from mmsearch.towers.checkpoint import TOKENIZER

@@ -96,6 +96,11 @@ class EngineSearcher:
         """There is none here; raises `UsageError`."""
         raise _first_stage_only(self._engine.where)
 
+    @property
+    def has_reranker(self) -> bool:
+        """False: patch tokens lie in index directories."""
+        return False
+
     def info(self) -> dict[str, Any]:
         """What is in the collection: JSON values. Rows are null where a part of the collection does not say."""
         rows = {f"{modality.value}_rows": self._count(modality) for modality in Modality}
@@ -144,7 +149,8 @@ class EngineSearcher:
     def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> Asked:
         """The search, checked; `UsageError` for a second stage that "auto" may not leave out."""
         if rerank.needs_probabilities:
-            raise no_probabilities("an engine, which keeps no patch tokens")
+            do = "Search an index directory, without --where."
+            raise no_probabilities("an engine or a filter, which knows no patch tokens", do=do)
         if rerank.depth and not rerank.is_auto:
             raise _first_stage_only(self._engine.where)
         return Asked(k, to, threshold, rerank)
@@ -216,6 +222,6 @@ def address_of(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 
 def _first_stage_only(where: str) -> UsageError:
     return UsageError(
-        "rerank", expected="off or auto where an engine is searched", got=where,
-        do="Re-ranking reads patch tokens, which lie in an index directory: search that one.",
+        "rerank", expected="off or auto where an engine is searched or rows are filtered", got=where,
+        do="Re-ranking reads patch tokens, which lie in an index directory: search that one, without --where.",
     )  # fmt: skip

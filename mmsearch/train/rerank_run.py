@@ -31,9 +31,10 @@ from mmsearch.errors import InputError, ModelError, UsageError
 from mmsearch.evaluate.comparison import compare
 from mmsearch.evaluate.matching import evaluate_matching
 from mmsearch.evaluate.reliability_picture import draw_reliability
-from mmsearch.rerank.checkpoint import RerankCheckpoint, copy_towers, has_reranker, load_rerank_model, save_reranker
+from mmsearch.rerank.checkpoint import RerankCheckpoint, copy_towers, load_rerank_model, save_reranker
 from mmsearch.rerank.commonness import rarity
 from mmsearch.rerank.model import RerankModel
+from mmsearch.rerank.present import has_reranker
 from mmsearch.rerank.scores import Scoring
 from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
 from mmsearch.towers.locate import BEST, locate

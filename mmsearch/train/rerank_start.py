@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from mmsearch.errors import ModelError, UsageError
-from mmsearch.rerank.checkpoint import RerankCheckpoint, has_reranker, load_weights
+from mmsearch.rerank.checkpoint import RerankCheckpoint, load_weights
 from mmsearch.rerank.config import RerankConfig
 from mmsearch.rerank.model import RerankModel
+from mmsearch.rerank.present import has_reranker
 from mmsearch.towers.initial import fill_backbone
 from mmsearch.towers.locate import locate
 from mmsearch.train.settings import Rerank

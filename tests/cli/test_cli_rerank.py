@@ -1,6 +1,7 @@
 """`mmsearch query` and `eval` with a second stage: options, what is shown, and what stays as it was."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,9 @@ def test_explanations_are_lines_numbers_and_pictures(mmsearch, photos, library):
     ended = mmsearch("query", "white and black", "-k", "2", "--explain-to", "why", library=library)
     assert ended.out == plain.out
     assert "log-odds" in ended.err and "white 1,1" in ended.err
+    summed, given = re.search(r"log-odds ([+-][\d.]+) \((.+?)\)", ended.err).groups()
+    shares = [float(value) for value in re.findall(r"[+-][\d.]+", given)]
+    assert sum(shares) == pytest.approx(float(summed), abs=0.006 * len(shares))
     drawn = sorted(path.name for path in Path("why").iterdir())
     assert drawn[0] == "001-white-black.png" and len(drawn) == 2
     with Image.open(Path("why") / drawn[0]) as sheet:
@@ -122,6 +126,13 @@ def test_explanations_are_lines_numbers_and_pictures(mmsearch, photos, library):
         mmsearch("query", "--image", photos / "red-red.png", "--to", "text", "--explain", "--json", library=library).out
     )
     assert read["explain"]["words"] == ["a", "red", "thing"]
+
+
+def test_explaining_without_a_re_ranker_still_answers(mmsearch, photos):
+    """The hits are there, and that nothing was re-ranked is said."""
+    ended = mmsearch("query", "red", "-k", "1", "--explain", library=Library(ColorEncoder()))
+    assert ended.code == 0 and "red-red" in ended.out
+    assert "not re-ranked" in ended.err
 
 
 def test_eval_shows_both_stages_and_what_changed(mmsearch, photos, library):
