@@ -26,6 +26,16 @@ class Progress(Protocol):
         ...
 
 
+def how_far(done: int, total: int | None, *, rate: float, unit: str) -> str:
+    """In words, at `rate` a second above 0; without a total nothing is said of what is left."""
+    if total is None:
+        return f"{done:,} {unit}, {rate:.1f} a second"
+    far, minutes = f"{done:,} of {total:,} {unit}", (total - done) / rate / 60
+    if minutes < 1:
+        return f"{far}: less than a minute left"
+    return f"{far}, {rate:.1f} a second: about {minutes:,.0f} minutes left"
+
+
 class SilentProgress:
     """Says nothing."""
 
@@ -71,13 +81,9 @@ class Estimating:
 
     def _left(self, rate: float) -> str:
         """What is done and left, at `rate` items a second."""
-        minutes = (self._total - self._done) / rate / 60
         megabytes = self._total * self._item_bytes / 1e6 if self._unit == "items" else 0.0
         size = f", {megabytes:,.0f} MB in the end" if megabytes >= _WORTH_SAYING_MB else ""
-        far = f"{self._done:,} of {self._total:,} {self._unit}"
-        if minutes < 1:
-            return f"{far}: less than a minute left{size}"
-        return f"{far}, {rate:.1f} a second: about {minutes:,.0f} minutes left{size}"
+        return how_far(self._done, self._total, rate=rate, unit=self._unit) + size
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""

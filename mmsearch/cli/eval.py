@@ -36,7 +36,7 @@ def evaluate(
     ctx: typer.Context,
     pairs: Annotated[
         str | None,
-        typer.Argument(metavar="[PAIRS]", help="Pictures with captions: JSONL, CSV, JSON or a folder."),
+        typer.Argument(metavar="[PAIRS]", help="Pictures with captions: CSV, JSONL, Parquet, JSON, tars or folders."),
     ] = None,
     classes: Annotated[
         str | None,

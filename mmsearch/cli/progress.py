@@ -1,23 +1,36 @@
-"""A progress bar on stderr: rate and time left on a terminal, nothing in a pipe or a log."""
+"""Progress on stderr: a bar with rate and time left on a terminal, a line a minute in a pipe or a log."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mmsearch.cli.terminal import say, shown
+from mmsearch.progress import how_far
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
-class Bar:
-    """What the library tells about its progress, drawn with rich; silent when stderr is not a terminal."""
+LINE_EVERY_S = 60.0
 
-    def __init__(self, what: str, *, unit: str = "images", quiet: bool | None = None) -> None:
-        self._what, self._unit = what, unit
+
+class Bar:
+    """What the library tells about its progress, drawn with rich; lines now and then when stderr is not a terminal.
+
+    `clock`: seconds from any beginning.
+    """
+
+    def __init__(
+        self, what: str, *, unit: str = "images", quiet: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._what, self._unit, self._clock = what, unit, clock
         self._quiet = not sys.stderr.isatty() if quiet is None else quiet
+        self._total: int | None = None
+        self._done, self._began, self._told = 0, clock(), clock()
         self._drawn: Progress | None = None
         self._task: TaskID | None = None
 
@@ -32,9 +45,11 @@ class Bar:
 
     def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
         """Begin to draw; a second call sets the total anew, and with `what` a new part begins from nothing."""
+        if what:
+            self._done, self._began = 0, self._clock()
+        self._what, self._unit, self._total = what or self._what, unit or self._unit, total
         if self._quiet:
             return
-        self._what, self._unit = what or self._what, unit or self._unit
         if self._drawn is None:
             self._drawn = _drawing()
             self._task = self._drawn.add_task(shown(self._what), total=total, note="", unit=self._unit)
@@ -46,8 +61,12 @@ class Bar:
 
     def advance(self, n: int, *, note: str = "") -> None:
         """`n` more are done; `note` is a word on what is going on."""
+        self._done += n
         if self._drawn is not None and self._task is not None:
             self._drawn.update(self._task, advance=n, note=shown(note), refresh=False)
+        elif self._quiet and self._clock() - self._told >= LINE_EVERY_S:
+            self._told = self._clock()
+            say(self._line(note))
 
     def note(self, text: str) -> None:
         """A line for the user that stays, above the bar when there is one."""
@@ -55,6 +74,11 @@ class Bar:
             self._drawn.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
+
+    def _line(self, note: str) -> str:
+        rate = max(self._done, 1) / max(self._clock() - self._began, 1e-9)
+        line = f"{self._what}: {how_far(self._done, self._total, rate=rate, unit=self._unit)}"
+        return f"{line}; {note}" if note else line
 
 
 def _drawing() -> Progress:

@@ -126,7 +126,7 @@ def train(
         "data.val_share": val_share, "data.limit": limit, "data.workers": workers, "objective.name": loss,
         ("objective" if stage == TOWERS else "rerank") + ".teacher": teacher,
         "text.train": _part(tune_text), "image.train": _part(tune_image),
-        "text.lora": lora, "image.lora": lora, "augment.enabled": augment,
+        "augment.enabled": augment, **_adapters(lora, text=tune_text, image=tune_image, plain=recipe is None),
     }  # fmt: skip
     with Bar("training", unit="steps") as bar:
         report: TrainReport | RerankReport = ctx.obj.train(
@@ -149,6 +149,17 @@ def _check_stage(stage: str, *, fusion: str | None) -> None:
         raise UsageError("--stage", expected=f"{TOWERS} or {RERANK}", got=repr(stage))
     if fusion is not None and stage != RERANK:
         raise UsageError("--fusion", expected="--stage rerank beside it", got=f"--stage {stage}")
+
+
+def _adapters(rank: int | None, *, text: str | None, image: str | None, plain: bool) -> dict[str, int | float]:
+    """`--lora` for each tower whose backbone learns. `plain`: no recipe says how fast; adapters learn as heads do."""
+    if rank is None:
+        return {}
+    sides = [side for side, part in (("text", text), ("image", image)) if part not in ("head", "none")]
+    if not sides:
+        raise UsageError("--lora", expected="a backbone that learns", got="heads alone", do="Leave out --tune-...")
+    rates = {f"{side}.rate": 1.0 for side in sides} if plain else {}
+    return {**{f"{side}.lora": rank for side in sides}, **rates}
 
 
 def _part(text: str | None) -> str | int | None:

@@ -19,6 +19,8 @@ from mmsearch.data.texts import OnSkip
 from mmsearch.errors import InputError
 from mmsearch.types import Pair, Skipped, SkipReason
 
+_OTHER_SPLIT = "Name another split, or none. What a run held out is in its folder: OUT/held_out.jsonl."
+
 
 def read_pairs(
     path: str, *, split: str | None = None, on_skip: OnSkip, format: str | None = None, tell_bare: bool = True
@@ -88,4 +90,4 @@ def _of_split(pairs: Iterator[Pair], split: str, path: str) -> Iterator[Pair]:
             yield pair
     if not count:
         got = ", ".join(sorted(name or "pairs that name none" for name in seen)) or "no pairs at all"
-        raise InputError(path, expected=f"pairs of split {split}", got=got, do="Name another split, or none.")
+        raise InputError(path, expected=f"pairs of split {split}", got=got, do=_OTHER_SPLIT)

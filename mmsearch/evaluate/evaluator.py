@@ -114,13 +114,17 @@ def compare_file(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Pairs as rows: m captions with their (m, d) `text_rows` and (m,) groups, n pictures with theirs (n, d), (n,)."""
+    """Pairs as rows: m captions with their (m, d) `text_rows` and (m,) groups, n pictures with theirs (n, d), (n,).
+
+    `owners` (m,): the position of each caption's picture.
+    """
 
     texts: tuple[str, ...]
     text_rows: Embeddings
     image_rows: Embeddings
     text_groups: Ints
     image_groups: Ints
+    owners: Ints
     skipped: tuple[Skipped, ...]
 
 
@@ -180,12 +184,14 @@ def encode_pairs(
     texts = [caption for key in kept for caption in merged[key].captions]
     groups = _numbered([pair.group for pair in merged])  # of all, so that models that skip differently do not match
     image_groups = groups[np.array(kept, np.int64)]
+    owners = np.repeat(np.arange(len(kept)), [texts_of[key] for key in kept])
     return Encoded(
         tuple(texts),
         text_rows(texts, encoder=encoder, batch_size=batch_size, progress=progress),
         np.concatenate(rows),
-        np.repeat(image_groups, [texts_of[key] for key in kept]),
+        image_groups[owners],
         image_groups,
+        owners,
         tuple(skipped),
     )
 

@@ -5,13 +5,15 @@ Decisions:
 - A caption and a picture that are candidates of each other are read together once, whichever way they were found.
 - Patches are kept as they would be in an index, int8; words are held for one block of captions.
 - What is measured are pictures and captions alone: no item has both, so the final score is that of a picture.
+- Yes and no, and the cut-off, are measured on the pairs that are read anyway (`stages`): on a split that nothing was
+  fitted on, when the user names one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,13 @@ from numpy.typing import NDArray
 from mmsearch.data.loading import Loader
 from mmsearch.data.pairs import read_pairs
 from mmsearch.errors import UsageError
-from mmsearch.evaluate.comparison import Comparison, compare
+from mmsearch.evaluate.comparison import compare
 from mmsearch.evaluate.evaluator import Encoded, encode_pairs
-from mmsearch.evaluate.report import Evaluation
 from mmsearch.evaluate.reranked import Candidates, best_candidates, evaluate_reranked
 from mmsearch.evaluate.rows import evaluate_rows
+from mmsearch.evaluate.stages import Stages, cut_off, hard_rivals, matched
 from mmsearch.progress import Progress, SilentProgress
+from mmsearch.rerank.calibration import probability_of
 from mmsearch.rerank.commonness import rarity as rarity_of
 from mmsearch.rerank.request import MAX_DEPTH
 from mmsearch.rerank.scores import Evidence
@@ -53,7 +56,7 @@ def evaluate_stages(
     batch_size: int = 64,
     progress: Progress | None = None,
     **options: Any,  # noqa: ANN401 - as `encode_pairs` has them
-) -> Comparison[Evaluation]:
+) -> Stages:
     """Evaluate one model on the pairs in `path` without and with its second stage, which re-orders the best `depth`.
 
     `load` gives encoder and re-ranker. Raises as `evaluator.evaluate_file`, `UsageError` for a depth outside 1..1000.
@@ -75,32 +78,62 @@ def evaluate_stages(
         model=encoder.identity.name,
     )
     first = replace(first, skipped=(*skipped, *encoded.skipped), seconds=time.monotonic() - began)
-    both = scored(encoded, watching.patches(), reranker=reranker, depth=depth, progress=told)
-    second = evaluate_reranked(first, *both, groups=(encoded.text_groups, encoded.image_groups))
-    return compare(first, replace(second, seconds=time.monotonic() - began))
+    found = scored(encoded, watching.patches(), reranker=reranker, depth=depth, progress=told)
+    groups = {"text_groups": encoded.text_groups, "image_groups": encoded.image_groups}
+    second = evaluate_reranked(first, found.to_image, found.to_text, groups=(encoded.text_groups, encoded.image_groups))
+    both = compare(first, replace(second, seconds=time.monotonic() - began))
+    return Stages(
+        both.before,
+        both.after,
+        both.differences,
+        matched(found.true, _probabilities(found, **groups), owners=encoded.owners, model=second.model),
+        cut_off(reranker.scoring.cutoff, found.to_image, owners=encoded.owners, **groups),
+    )
 
 
-def scored(
-    encoded: Encoded, patches: Patches | None, *, reranker: Reranks, depth: int, progress: Progress
-) -> tuple[Candidates, Candidates]:
-    """(pictures for each caption, captions for each picture), the best `depth` with their final scores."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """Pictures for each caption and captions for each picture with their final scores; `true` (m,): the probability of
+    each caption with its own picture.
+    """
+
+    to_image: Candidates
+    to_text: Candidates
+    true: NDArray[np.float64]
+
+
+def _probabilities(found: Scored, *, text_groups: Ints, image_groups: Ints) -> NDArray[np.float64]:
+    """(m,) of each caption with one hard rival of its picture; NaN where it has none."""
+    places = hard_rivals(found.to_image, text_groups=text_groups, image_groups=image_groups)
+    final = np.asarray(found.to_image.final)[np.arange(len(places)), places]
+    return np.where(places < 0, np.nan, probability_of(final))
+
+
+def scored(encoded: Encoded, patches: Patches | None, *, reranker: Reranks, depth: int, progress: Progress) -> Scored:
+    """The best `depth` of each list, and the true pairs, read together."""
     to_image = best_candidates(encoded.text_rows, encoded.image_rows, depth)
     to_text = best_candidates(encoded.image_rows, encoded.text_rows, depth)
     count = len(encoded.image_rows)
     numbers = (_numbers(to_image.rows, count, queries_are_texts=True), _numbers(to_text.rows, count))
-    every = np.unique(np.concatenate([one.ravel() for one in numbers]))  # caption after caption
+    true = np.arange(len(encoded.owners), dtype=np.int64) * count + encoded.owners
+    every = np.unique(np.concatenate([true, *(one.ravel() for one in numbers)]))  # caption after caption
     progress.start(len(every), what="re-ranking", unit="pairs")
     logits = _logits(every, encoded, patches, reranker=reranker, progress=progress)
 
-    def with_final(found: Candidates, number: Ints, rarity: NDArray[np.float64]) -> Candidates:
-        own = logits[np.searchsorted(every, number.ravel())]
-        cosines = np.clip(found.cosines.ravel(), -1, 1)
-        final = reranker.scoring.final(Evidence.of(cosine=cosines, logit=own, rarity=rarity[found.rows.ravel()]))
-        return replace(found, final=final.reshape(number.shape))
+    def final(number: Ints, cosines: NDArray[np.float64], rarity: NDArray[np.float64]) -> NDArray[np.float64]:
+        own = logits[np.searchsorted(every, number)]
+        return reranker.scoring.final(Evidence.of(cosine=np.clip(cosines, -1, 1), logit=own, rarity=rarity))
 
-    return (
-        with_final(to_image, numbers[0], rarity_of(encoded.image_rows, reranker.caption_bank)),
+    def with_final(found: Candidates, number: Ints, rarity: NDArray[np.float64]) -> Candidates:
+        own = final(number.ravel(), found.cosines.ravel(), rarity[found.rows.ravel()])
+        return replace(found, final=own.reshape(number.shape))
+
+    of_pictures = rarity_of(encoded.image_rows, reranker.caption_bank)
+    cosines = np.einsum("md,md->m", encoded.text_rows, encoded.image_rows[encoded.owners]).astype(np.float64)
+    return Scored(
+        with_final(to_image, numbers[0], of_pictures),
         with_final(to_text, numbers[1], rarity_of(encoded.text_rows, reranker.picture_bank)),
+        probability_of(final(true, cosines, of_pictures[encoded.owners])),
     )
 
 

@@ -10,7 +10,7 @@ Decisions:
   photo without another caption is an item without a text.
 - Dropout only takes from items that have both sides, and only one: there is nothing to learn from an empty item.
 - What is drawn is drawn on the CPU, from the generator that is handed in: the same on every device.
-- The loss is the objective of the run over other rows, with its group masks: nothing is defined twice.
+- The loss is symmetric InfoNCE, whatever that of the pairs is, over other rows and with the same group masks.
 """
 
 from __future__ import annotations

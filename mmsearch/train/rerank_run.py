@@ -293,8 +293,12 @@ class _Job:
             raise ModelError(str(directory), expected="a model with a re-ranker as teacher", got="one without")
         opened = RerankCheckpoint.open(directory)
         own = Checkpoint.open(self._directory).identity
-        if not opened.towers.identity.same_space(own) or opened.config.own_backbone or self.model.backbone is not None:
+        if not opened.towers.identity.same_space(own):
             raise ModelError(str(directory), expected="a teacher over the very same towers", got=opened.towers.name)
+        if opened.config.own_backbone or self.model.backbone is not None:
+            who = "teacher" if opened.config.own_backbone else "student"
+            expected = "teacher and student that read the towers' image backbone"
+            raise ModelError(str(directory), expected=expected, got=f"a {who} with one of its own")
         if opened.config.grid != self.model.config.grid or opened.config.text_layer != self.model.config.text_layer:
             raise ModelError(str(directory), expected="the student's grid and text_layer", got="others")
         return load_rerank_model(opened).to(self.passes.device).eval()

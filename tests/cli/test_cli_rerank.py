@@ -144,7 +144,9 @@ def test_eval_shows_both_stages_and_what_changed(mmsearch, photos, library):
     assert ended.out.count("text -> image") == 3
     assert "before: colors, after: colors, top 3 re-ranked" in ended.out
     read = json.loads(mmsearch("eval", "pairs.csv", "--rerank", "3", "--workers", "1", "--json", library=library).out)
-    assert set(read) == {"before", "after", "differences"}
+    assert set(read) == {"before", "after", "differences", "matching", "absence"}
+    assert "yes or no: 6 pairs, 3 of them true" in ended.out and "turned away, absent" in ended.out
+    assert read["matching"]["accuracy"] == read["absence"]["kept"] == 1.0
     assert read["after"]["text_to_image"]["hit@1"] == 1.0
     assert mmsearch("eval", "pairs.csv", "--rerank", "1001", library=library).code == 2
 

@@ -85,6 +85,24 @@ def test_nothing_is_drawn_where_nobody_looks(capsys):
     assert capsys.readouterr().err == "a note\n"
 
 
+def test_a_log_gets_a_line_a_minute(capsys):
+    """Whoever runs it overnight sees how far it is; short work says nothing."""
+    now = [0.0]
+    with Bar("training", unit="steps", quiet=True, clock=lambda: now[0]) as bar:
+        bar.start(400)
+        for _ in range(5):
+            now[0] += 30.0
+            bar.advance(20, note="loss 1.5")
+        bar.start(None, what="encoding", unit="texts")
+        now[0] += 60.0
+        bar.advance(600)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 40 of 400 steps, 0.7 a second: about 9 minutes left; loss 1.5",
+        "training: 80 of 400 steps, 0.7 a second: about 8 minutes left; loss 1.5",
+        "encoding: 600 texts, 10.0 a second",
+    ]
+
+
 def test_a_bar_stops_drawing_when_the_work_fails():
     """The error line comes after the bar, not into it."""
     with pytest.raises(ZeroDivisionError), Bar("indexing", quiet=False) as bar:

@@ -63,6 +63,23 @@ def test_only_what_was_said_is_passed_on(mmsearch):
     assert (call["given"], call["assignments"], call["force"]) == ({}, [], False)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--lora 4", {"text.lora": 4, "image.lora": 4, "text.rate": 1.0, "image.rate": 1.0}),
+        ("--lora 4 --tune-image head", {"image.train": "head", "text.lora": 4, "text.rate": 1.0}),
+        ("--lora 4 --tune-text none --recipe r.toml", {"text.train": "none", "image.lora": 4}),
+    ],
+)
+def test_adapters_go_where_a_backbone_learns(mmsearch, line, expected):
+    """As fast as heads, unless a recipe says how fast; a tower of which the head alone learns has none."""
+    library = TrainLibrary()
+    assert mmsearch("train", "pairs.csv", "--out", "o", *line.split(), library=library).code == 0
+    assert given(library)["given"] == expected
+    ended = mmsearch("train", "p.csv", "--out", "o", "--lora", "4", "--tune-text", "head", "--tune-image", "none")
+    assert ended.code == 2 and "a backbone that learns" in ended.err
+
+
 def test_every_option_reaches_the_settings(mmsearch):
     """By the name that a recipe has for it, as numbers where they are numbers."""
     library = TrainLibrary()
@@ -77,7 +94,7 @@ def test_every_option_reaches_the_settings(mmsearch):
     call = given(library)
     assert call["given"] == {
         "start.model": "m", "run.epochs": 3, "run.batch_size": 16, "run.lr": 1e-4, "objective.name": "sigmoid",
-        "text.train": "head", "image.train": 2, "text.lora": 4, "image.lora": 4, "augment.enabled": False,
+        "text.train": "head", "image.train": 2, "image.lora": 4, "augment.enabled": False,
         "run.chunk": 8, "objective.teacher": "big", "data.val_share": 0.2, "data.limit": 500, "run.patience": 0,
         "run.seed": 7, "run.precision": "bf16", "data.workers": 1, "run.device": "cpu",
     }  # fmt: skip
