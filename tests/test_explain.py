@@ -51,6 +51,17 @@ def test_a_word_looks_where_its_colour_is(tmp_path):
     assert np.allclose(found.to_json()["attention"], found.grid, atol=1e-5)
 
 
+def test_a_score_rests_where_its_colour_is(tmp_path):
+    """Covering the red half costs the word red, the blue half the word blue; the text of both rests on both."""
+    found = explained(hit(halves(tmp_path / "p.png", "red", "blue")), text="red and blue")
+    assert found.asked == ("red", "blue") and found.falls.shape == (3, 7, 7)
+    whole, red, blue = found.falls
+    assert red[:, :3].max() > 0.2 > red[:, 4:].max() and blue[:, 4:].max() > 0.2 > blue[:, :3].max()
+    assert whole[:, :3].max() > 0.2 and whole[:, 4:].max() > 0.2
+    read = found.to_json()["occlusion"]
+    assert np.allclose(read["text"], whole, atol=1e-5) and list(read["words"]) == ["red", "blue"]
+
+
 def test_a_caption_is_explained_over_the_query_picture(tmp_path):
     """A picture that was asked with, and the words of the hit."""
     picture = halves(tmp_path / "p.png", "red", "blue")
@@ -58,23 +69,36 @@ def test_a_caption_is_explained_over_the_query_picture(tmp_path):
     assert found.words == ("blue", "things") and found.grid[0, :, 1].sum() > 0.99
 
 
-@pytest.mark.parametrize("case", ["no picture", "broken picture", "no attention", "rows alone", "picture for picture"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_without_attention_there_is_still_what_the_score_rests_on(tmp_path, alone):
+    """A fusion of unit rows alone has no patches to look at, and is explained all the same."""
+    reranker, path = ColorReranker(), halves(tmp_path / "p.png", "red", "blue")
+    if alone:
+        reranker.reads_tokens = False
+        reranker.logits = lambda words, texts, patches, rows, *, pairs, batch_size=64: (
+            8.0 * np.einsum("md,md->m", texts[pairs[:, 0]], rows[pairs[:, 1]]).astype(np.float32)
+        )
+    else:
+        reranker.attention = lambda *sides: None
+    found = explain(hit(path), reranker=reranker, encoder=ColorEncoder(), text="red")
+    assert (found.grid, found.asked) == (None, ("red",))
+    assert found.falls[1][:, :3].max() > found.falls[1][:, 4:].max()
+    assert draw(found, tmp_path / "why.png", preprocessing=SQUASH)
+
+
+@pytest.mark.parametrize("case", ["no picture", "broken picture", "picture for picture"])
 def test_without_words_over_a_picture_there_are_the_parts_alone(tmp_path, case):
-    """Nothing fails for want of a picture or of attention."""
+    """Nothing fails for want of a picture or of words."""
     reranker, path, query = ColorReranker(), halves(tmp_path / "p.png", "red", "blue"), {"text": "red"}
     if case == "no picture":
         path = None
     elif case == "broken picture":
         path.write_bytes(b"nothing")
-    elif case == "no attention":
-        reranker.attention = lambda *sides: None
-    elif case == "rows alone":
-        reranker.reads_tokens = False
     else:
         query = {"picture": str(path)}
     found = explain(hit(path), reranker=reranker, encoder=ColorEncoder(), **query)
-    assert (found.grid, dict(found.parts)) == (None, {"cosine": 0.5})
-    assert found.to_json() == {"words": [], "attention": None, "parts": {"cosine": 0.5}}
+    assert (found.grid, found.falls, dict(found.parts)) == (None, None, {"cosine": 0.5})
+    assert found.to_json() == {"words": [], "attention": None, "parts": {"cosine": 0.5}, "occlusion": None}
     assert not draw(found, tmp_path / "none.png", preprocessing=SQUASH)
 
 
@@ -123,13 +147,20 @@ def test_equal_shares_light_nothing():
     assert flat.max() == flat.min() < brightness(photo).max() / 2
 
 
-def test_a_sheet_has_a_tile_for_all_words_and_one_for_each():
+def test_small_numbers_are_drawn_faintly():
+    """Below `least` a map is not stretched to full light."""
+    photo = Image.new("RGB", (80, 80), (120, 120, 120))
+    full, faint = (brightness(overlay(photo, spot(1, 1), preprocessing=SQUASH, least=least)).max() for least in (1, 5))
+    assert full > 1.2 * faint
+
+
+def test_a_sheet_has_a_tile_for_the_whole_text_and_one_for_each_word():
     """Its size grows with the words; many and very long words do no harm; the photo's shape is kept."""
     photo = Image.new("RGB", (400, 200), (90, 90, 90))
-    one = contact_sheet(photo, ["dog"], np.full((1, 3, 3), 1 / 9), preprocessing=SQUASH)
+    one = contact_sheet(photo, ["dog"], np.full((1, 3, 3), 1 / 9), whole=np.zeros((3, 3)), preprocessing=SQUASH)
     assert one.size == (2 * 248 + 8, 120 + 22 + 8 + 8)
     many = ["word" * 60, "кошка", "\n", ""] * 30
-    sheet = contact_sheet(photo, many, np.full((120, 3, 3), 1 / 9), preprocessing=SQUASH)
+    sheet = contact_sheet(photo, many, np.full((120, 3, 3), 1 / 9), whole=np.zeros((3, 3)), preprocessing=SQUASH)
     assert sheet.size[0] < 3000 and sheet.size[1] < 3000
 
 
@@ -137,7 +168,7 @@ def test_a_sheet_has_a_tile_for_all_words_and_one_for_each():
 def test_numbers_that_do_not_fit_the_words_are_refused(grid):
     """Not drawn as something else."""
     with pytest.raises(UsageError):
-        contact_sheet(Image.new("RGB", (9, 9)), ["one"], grid, preprocessing=SQUASH)
+        contact_sheet(Image.new("RGB", (9, 9)), ["one"], grid, whole=grid[0], preprocessing=SQUASH)
 
 
 def test_a_drawing_is_a_png_of_the_upright_photo(tmp_path):
@@ -146,7 +177,7 @@ def test_a_drawing_is_a_png_of_the_upright_photo(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     Image.new("RGB", (200, 100), (10, 200, 10)).save(path, exif=exif)
-    found = Explanation(("dog",), spot(0, 0)[None], picture=str(path))
+    found = Explanation(asked=("dog",), falls=np.stack([spot(0, 0), spot(0, 0)]), picture=str(path))
     assert draw(found, tmp_path / "why" / "1.png", preprocessing=SQUASH)
     with Image.open(tmp_path / "why" / "1.png") as sheet:
         assert sheet.format == "PNG" and sheet.height > 240  # the tile stands upright: 120 x 240

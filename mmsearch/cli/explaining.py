@@ -20,6 +20,7 @@ _NAMES = {
     "calibration": "calibration",
 }
 _LONGEST_NAME = 80
+_LEAST_SAID = 0.1
 
 
 def draw_all(
@@ -34,22 +35,25 @@ def draw_all(
 
 
 def explained(hits: Sequence[Hit], more: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each hit: what its log-odds are made of, and where the words look, row and column of the grid."""
+    """A line for each hit: what its log-odds are made of, and what they rest on.
+
+    That is, of each word, the row and column (of seven) whose covering costs most, and how much.
+    """
     for hit, own in zip(hits, more, strict=False):
         parts, why = own["explain"]["parts"], own["explain"]
         given = ", ".join(f"{_NAMES.get(n, n)} {parts[f'from_{n}']:+.2f}" for n in _NAMES if f"from_{n}" in parts)
         summed = f"log-odds {parts['log_odds']:+.2f} ({given})" if "log_odds" in parts else "not re-ranked"
-        grids = zip(why["words"], why["attention"] or [], strict=False)
-        looks = "; ".join(f"{word} {_place(rows)}" for word, rows in grids)
-        yield f"{hit.rank}: {summed}" + (f"; {looks}" if looks else "")
+        words = why["occlusion"]["words"] if why.get("occlusion") else {}
+        rests = ", ".join(f"{word} {place}" for word, rows in words.items() if (place := _place(rows)))
+        yield f"{hit.rank}: {summed}" + (f"; covered (row,column): {rests}" if rests else "")
         if own["heat_map"]:
             yield f"{hit.rank}: {own['heat_map']}"
 
 
 def _place(rows: Sequence[Sequence[float]]) -> str:
-    """Row and column, from 1, of the patch that is looked at most, and its share."""
-    share, row, column = max((share, -r, -c) for r, line in enumerate(rows) for c, share in enumerate(line))
-    return f"{1 - row},{1 - column} ({share:.0%})"
+    """Row and column, from 1, where a cover costs most, and that; "" where it costs next to nothing."""
+    lost, row, column = max((lost, -r, -c) for r, line in enumerate(rows) for c, lost in enumerate(line))
+    return f"{1 - row},{1 - column} -{lost:.1f}" if lost >= _LEAST_SAID else ""
 
 
 def _file_name(hit: Hit) -> str:

@@ -94,7 +94,9 @@ class Library:
 
         return Searcher.open(path, encoder=encoder, device=device, reranker=reranker or self._reranker, partial=partial)
 
-    def explain(self, searcher: Searcher, hit: Hit, *, text: str | None, picture: str | None) -> Explanation:
+    def explain(
+        self, searcher: Searcher | EngineSearcher, hit: Hit, *, text: str | None, picture: str | None
+    ) -> Explanation:
         """`mmsearch.explain.explain` with the models of a searcher; nothing where it has no re-ranker."""
         from mmsearch.explain import Explanation, explain
 

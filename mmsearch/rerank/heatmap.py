@@ -1,8 +1,8 @@
-"""Which patches a word looks at, drawn over the photo: a contact sheet with a tile for all words and one for each.
+"""Where a photo answers to words, drawn over it: a contact sheet with a tile for the whole text and one for each word.
 
 Decisions:
-- Numbers are drawn as they are, smoothed between patches: warm and bright where a word looks, the photo grey and dim
-  where it does not. A tile's brightest spot is its word's largest share: tiles cannot be compared in strength.
+- Numbers are drawn as they are, smoothed between places: warm and bright where they are large, the photo grey and dim
+  where they are small. A tile's brightest spot is its own largest number, unless that is below `least`.
 - The map covers what the model saw: all of the photo, its middle square, or more than the photo, see `Preprocessing`.
 - Words of scripts that Pillow's own font lacks are shown as their numbers in the text: no font is looked for.
 """
@@ -31,28 +31,31 @@ Floats = NDArray[np.float64]
 
 
 def contact_sheet(
-    photo: Image.Image, words: Sequence[str], grid: NDArray[np.floating], *, preprocessing: Preprocessing
-) -> Image.Image:
-    """One RGB picture: a tile for all words together, then one for each of the (t,) `words`, words below.
+    photo: Image.Image, words: Sequence[str], grid: NDArray[np.floating], *, whole: NDArray[np.floating],
+    preprocessing: Preprocessing, least: float = 0.0,
+) -> Image.Image:  # fmt: skip
+    """One RGB picture: a tile for the whole text, then one for each of the (t,) `words`, words below.
 
-    `photo`: upright RGB. `grid` (t, g, g): each word's shares over the g x g patches, row by row from the top left.
-    More than 39 words: the first 39. Raises `UsageError` for numbers that do not fit the words or are not finite.
+    `photo`: upright RGB. `grid` (t, g, g), `whole` (g, g): numbers of g x g places, row by row from the top left.
+    `least`: what the largest number of a tile is at least taken to be. More than 39 words: the first 39. Raises
+    `UsageError` for numbers that do not fit the words or are not finite.
     """
-    shares = np.asarray(grid, np.float64)
-    if shares.ndim != 3 or len(shares) != len(words) or not len(words) or shares.shape[1] != shares.shape[2]:
-        raise UsageError("attention", expected=f"({len(words)}, g, g)", got=str(shares.shape))
+    shares = np.concatenate([np.asarray(whole, np.float64)[None], np.asarray(grid, np.float64)])
+    if shares.ndim != 3 or len(shares) != 1 + len(words) or shares.shape[1] != shares.shape[2]:
+        raise UsageError("numbers of a sheet", expected=f"({len(words)}, g, g)", got=str(shares[1:].shape))
     if not np.isfinite(shares).all():
-        raise UsageError("attention", expected="finite numbers", got="NaN or infinity")
+        raise UsageError("numbers of a sheet", expected="finite numbers", got="NaN or infinity")
     small = ImageOps.contain(photo.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)
-    maps = [shares.mean(axis=0), *shares[: MAX_TILES - 1]]
-    titles = ["all words", *(_printable(word, place) for place, word in enumerate(words[: MAX_TILES - 1], 1))]
-    tiles = [overlay(small, one, preprocessing=preprocessing) for one in maps]
+    titles = ["whole text", *(_printable(word, place) for place, word in enumerate(words[: MAX_TILES - 1], 1))]
+    tiles = [overlay(small, one, preprocessing=preprocessing, least=least) for one in shares[:MAX_TILES]]
     return _sheet(tiles, titles)
 
 
-def overlay(photo: Image.Image, shares: NDArray[np.floating], *, preprocessing: Preprocessing) -> Image.Image:
+def overlay(
+    photo: Image.Image, shares: NDArray[np.floating], *, preprocessing: Preprocessing, least: float = 0.0
+) -> Image.Image:
     """One (g, g) map over an RGB photo of any size; the same size. A map of equal numbers lights nothing."""
-    heat = _heat(np.asarray(shares, np.float64), photo.size, preprocessing)[..., None]  # (h, w, 1)
+    heat = _heat(np.asarray(shares, np.float64), photo.size, preprocessing, least)[..., None]  # (h, w, 1)
     pixels = np.asarray(photo, np.float64)
     grey = pixels.mean(axis=2, keepdims=True)
     dimmed = _DIM * (0.5 * pixels + 0.5 * grey)
@@ -61,10 +64,10 @@ def overlay(photo: Image.Image, shares: NDArray[np.floating], *, preprocessing: 
     return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
 
 
-def _heat(shares: Floats, size: tuple[int, int], preprocessing: Preprocessing) -> Floats:
-    """(g, g) -> (h, w) in [0, 1], 0 at the least and 1 at the largest share, 0 outside of what the model saw."""
+def _heat(shares: Floats, size: tuple[int, int], preprocessing: Preprocessing, least: float) -> Floats:
+    """(g, g) -> (h, w) in [0, 1], 0 at the smallest and 1 at the largest number, 0 outside of what the model saw."""
     width, height = size
-    low, high = float(shares.min()), float(shares.max())
+    low, high = float(shares.min()), max(float(shares.max()), float(shares.min()) + least)
     scaled = (shares - low) / (high - low) if high - low > 1e-9 else np.zeros_like(shares)
     left, top, right, bottom = _seen(width, height, preprocessing.fit)
     area = (max(1, right - left), max(1, bottom - top))

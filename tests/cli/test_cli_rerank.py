@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_fakes import FakeLibrary, hit
 from PIL import Image
@@ -111,7 +112,7 @@ def test_explanations_are_lines_numbers_and_pictures(mmsearch, photos, library):
     plain = mmsearch("query", "white and black", "-k", "2", library=library)
     ended = mmsearch("query", "white and black", "-k", "2", "--explain-to", "why", library=library)
     assert ended.out == plain.out
-    assert "log-odds" in ended.err and "white 1,1" in ended.err
+    assert "log-odds" in ended.err and re.search(r"covered \(row,column\): white \d,[1-4] -\d", ended.err)
     summed, given = re.search(r"log-odds ([+-][\d.]+) \((.+?)\)", ended.err).groups()
     shares = [float(value) for value in re.findall(r"[+-][\d.]+", given)]
     assert sum(shares) == pytest.approx(float(summed), abs=0.006 * len(shares))
@@ -122,6 +123,7 @@ def test_explanations_are_lines_numbers_and_pictures(mmsearch, photos, library):
     read = json.loads(mmsearch("query", "white", "-k", "1", "--explain", "--json", library=library).out)
     assert read["explain"]["words"] == ["white"] and read["heat_map"] is None
     assert sum(map(sum, read["explain"]["attention"][0])) == pytest.approx(1.0, abs=1e-3)
+    assert np.shape(read["explain"]["occlusion"]["words"]["white"]) == (7, 7)
     read = json.loads(
         mmsearch("query", "--image", photos / "red-red.png", "--to", "text", "--explain", "--json", library=library).out
     )
