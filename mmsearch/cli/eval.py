@@ -59,6 +59,10 @@ def evaluate(
         int,
         typer.Option("--rerank", min=0, metavar="N", help="What re-ranking the best N of each list changes (0: none)."),
     ] = 0,
+    absent: Annotated[
+        str | None,
+        typer.Option("--absent", metavar="PAIRS", help="With --rerank: captions that nothing here may answer."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N pictures (of each class).")
     ] = None,
@@ -71,7 +75,7 @@ def evaluate(
     if (pairs is None) == (classes is None):
         raise UsageError("eval", expected="PAIRS or --classes FOLDER", got="neither" if pairs is None else "both")
     _check(of_classes=classes is not None, split=split, templates=templates, exclude=exclude)
-    _check_rerank(rerank, of_classes=classes is not None, compare=compare)
+    _check_rerank(rerank, of_classes=classes is not None, compare=compare, absent=absent)
     asked = {"split": split} if classes is None else {"templates": templates, "exclude": exclude or []}
     found: Evaluation | Classification
     parts: Sequence[Shown]
@@ -79,7 +83,7 @@ def evaluate(
         shared = {"limit": limit, "batch_size": batch_size or 64, "workers": workers, "device": device.value}
         settings = {**shared, **asked, "progress": bar}
         if rerank:
-            both = ctx.obj.evaluate_stages(pairs, model=model, depth=rerank, **settings)
+            both = ctx.obj.evaluate_stages(pairs, model=model, depth=rerank, absent=absent, **settings)
             found, parts = both.after, (both.before, both.after, both)
         else:
             found, parts = _measured(ctx.obj, pairs, classes, model=model, against=compare, settings=settings)
@@ -128,7 +132,9 @@ def notes(found: Evaluation | Classification) -> Iterator[str]:
         yield f"skipped {count}, the first: {first.path}: {first.reason} {first.detail}"
 
 
-def _check_rerank(rerank: int, *, of_classes: bool, compare: str | None) -> None:
+def _check_rerank(rerank: int, *, of_classes: bool, compare: str | None, absent: str | None) -> None:
+    if absent is not None and not rerank:
+        raise UsageError("--absent", expected="--rerank N beside it", got="none", do="Add --rerank 64.")
     if rerank and of_classes:
         raise UsageError("--rerank", expected="PAIRS beside it", got="--classes")
     if rerank and compare is not None:

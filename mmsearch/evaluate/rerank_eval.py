@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mmsearch.data.loading import Loader
 from mmsearch.data.pairs import read_pairs
-from mmsearch.errors import UsageError
+from mmsearch.errors import InputError, UsageError
 from mmsearch.evaluate.comparison import compare
 from mmsearch.evaluate.evaluator import Encoded, encode_pairs
 from mmsearch.evaluate.reranked import Candidates, best_candidates, evaluate_reranked
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 
+MOST_STRANGERS = 1000
 TEXTS_AT_ONCE = 32
 """Captions whose words are held at a time."""
 
@@ -52,6 +53,7 @@ def evaluate_stages(
     load: Callable[[], tuple[Encodes, Reranks]],
     depth: int,
     split: str | None = None,
+    absent: str | Path | None = None,
     workers: int | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -59,7 +61,9 @@ def evaluate_stages(
 ) -> Stages:
     """Evaluate one model on the pairs in `path` without and with its second stage, which re-orders the best `depth`.
 
-    `load` gives encoder and re-ranker. Raises as `evaluator.evaluate_file`, `UsageError` for a depth outside 1..1000.
+    `load` gives encoder and re-ranker. `absent`: pairs of another collection, whose captions are asked of this one's
+    pictures, where none may answer (the first caption of 1,000 of them, drawn by a fixed seed).
+    Raises as `evaluator.evaluate_file`, `UsageError` for a depth outside 1..1000.
     """
     if not 1 <= depth <= MAX_DEPTH:
         raise UsageError("--rerank", expected=f"1 to {MAX_DEPTH}", got=str(depth))
@@ -78,7 +82,12 @@ def evaluate_stages(
         model=encoder.identity.name,
     )
     first = replace(first, skipped=(*skipped, *encoded.skipped), seconds=time.monotonic() - began)
-    found = scored(encoded, watching.patches(), reranker=reranker, depth=depth, progress=told)
+    patches = watching.patches()
+    found = scored(encoded, patches, reranker=reranker, depth=depth, progress=told)
+    strange = None
+    if absent is not None:
+        asked = _strangers(absent, encoded, encoder=encoder)
+        strange = _answers(asked, patches, reranker=reranker, depth=depth, progress=told)
     groups = {"text_groups": encoded.text_groups, "image_groups": encoded.image_groups}
     second = evaluate_reranked(first, found.to_image, found.to_text, groups=(encoded.text_groups, encoded.image_groups))
     both = compare(first, replace(second, seconds=time.monotonic() - began))
@@ -87,8 +96,37 @@ def evaluate_stages(
         both.after,
         both.differences,
         matched(found.true, _probabilities(found, **groups), owners=encoded.owners, model=second.model),
-        cut_off(reranker.scoring.cutoff, found.to_image, owners=encoded.owners, **groups),
+        cut_off(reranker.scoring.cutoff, found.to_image, owners=encoded.owners, strangers=strange, **groups),
     )
+
+
+def _strangers(path: str | Path, encoded: Encoded, *, encoder: Encodes) -> Encoded:
+    """The same pictures with captions of other pairs; whose pictures these had means nothing any more."""
+    captions = [pair.captions[0] for pair in read_pairs(str(path), on_skip=lambda skipped: None) if pair.captions]
+    if not captions:
+        raise InputError(str(path), expected="pairs with captions", got="none", do="Name another table.")
+    drawn = np.sort(np.random.default_rng(0).permutation(len(captions))[:MOST_STRANGERS])
+    texts = tuple(captions[place] for place in drawn)
+    nobody = np.full(len(texts), -1)
+    return replace(encoded, texts=texts, text_rows=encoder.encode_texts(texts), text_groups=nobody, owners=nobody)
+
+
+def _answers(
+    asked: Encoded, patches: Patches | None, *, reranker: Reranks, depth: int, progress: Progress
+) -> NDArray[np.float64]:
+    """(m, depth) final scores of the best pictures of each caption."""
+    found = best_candidates(asked.text_rows, asked.image_rows, depth)
+    numbers = _numbers(found.rows, len(asked.image_rows), queries_are_texts=True)
+    every = np.unique(numbers)
+    progress.start(len(every), what="asking strange captions", unit="pairs")
+    logits = _logits(every, asked, patches, reranker=reranker, progress=progress)
+    rarity = rarity_of(asked.image_rows, reranker.caption_bank)
+    evidence = Evidence.of(
+        cosine=np.clip(found.cosines.ravel(), -1, 1),
+        logit=logits[np.searchsorted(every, numbers.ravel())],
+        rarity=rarity[found.rows.ravel()],
+    )
+    return reranker.scoring.final(evidence).reshape(numbers.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

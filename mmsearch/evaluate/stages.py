@@ -5,13 +5,14 @@ Decisions:
   best pictures of other groups: as many of both, and false ones as hard as a search meets.
 - "Nothing matches" is asked twice of each caption: with its pictures in the gallery, where hits must stay, and without
   them, where none may. A caption whose picture is not among the candidates was not found, but it is there: it counts as
-  present.
+  present. In a gallery of everyday photos something else may well fit a caption whose own picture is gone, so captions
+  of another collection can be asked as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,24 +30,32 @@ from mmsearch.rerank.cutoff import Cutoff
 class Absence:
     """Shares in [0, 1] and their 95 % intervals: of present queries that a cut-off lets through, of absent ones that it
     turns away.
+
+    `strangers`: captions of another collection that were asked; `strangers_rejected`: the share of them turned away.
     """
 
     queries: int
     kept: float
     rejected: float
     intervals: dict[str, tuple[float, float]]
+    strangers: int = 0
+    strangers_rejected: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         shares = {"queries": self.queries, "kept": self.kept, "rejected": self.rejected}
-        return {**shares, "ci95": {name: list(ends) for name, ends in self.intervals.items()}}
+        more = {"strangers": self.strangers, "strangers_rejected": self.strangers_rejected}
+        return {**shares, **more, "ci95": {name: list(ends) for name, ends in self.intervals.items()}}
 
     def lines(self) -> Iterator[str]:
         """For people, in per cent."""
         yield f"cut-off (--auto): {self.queries} captions, with their picture in the gallery and without it"
-        for name, title in (("kept", "answered, there"), ("rejected", "turned away, absent")):
+        titles = {"kept": "answered, there", "rejected": "turned away, absent"}
+        if self.strangers_rejected is not None:
+            titles["strangers_rejected"] = f"turned away of {self.strangers} strange ones"
+        for name, title in titles.items():
             low, high = self.intervals[name]
-            yield f"{title:<20} {100 * getattr(self, name):5.1f}  ({100 * low:.1f} to {100 * high:.1f})"
+            yield f"{title:<32} {100 * getattr(self, name):5.1f}  ({100 * low:.1f} to {100 * high:.1f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,18 @@ def matched(true: Floats, false: Floats, *, owners: Ints, model: str) -> Matchin
 
 
 def cut_off(
-    cutoff: Cutoff | None, found: Candidates, *, text_groups: Ints, image_groups: Ints, owners: Ints
+    cutoff: Cutoff | None,
+    found: Candidates,
+    *,
+    text_groups: Ints,
+    image_groups: Ints,
+    owners: Ints,
+    strangers: Floats | None = None,
 ) -> Absence | None:
-    """Every caption asked of all its candidates, and of those of other groups; None without a cut-off or a rival."""
+    """Every caption asked of all its candidates, and of those of other groups; None without a cut-off or a rival.
+
+    `strangers` (s, n): final scores of the candidates of captions whose pictures are in another collection.
+    """
     if cutoff is None or found.final is None:
         return None
     kept, rejected, asked = [], [], []
@@ -105,7 +123,12 @@ def cut_off(
         return None
     shares = {name: np.array(values, np.float64) for name, values in (("kept", kept), ("rejected", rejected))}
     ends = {name: interval(values, np.array(asked, np.int64)) for name, values in shares.items()}
-    return Absence(len(asked), float(shares["kept"].mean()), float(shares["rejected"].mean()), ends)
+    known = Absence(len(asked), float(shares["kept"].mean()), float(shares["rejected"].mean()), ends)
+    if strangers is None or not len(strangers):
+        return known
+    gone = np.array([cutoff.decide(_falling(final)) == 0 for final in strangers], np.float64)
+    ends = {**ends, "strangers_rejected": interval(gone, np.arange(len(gone)))}
+    return replace(known, intervals=ends, strangers=len(gone), strangers_rejected=float(gone.mean()))
 
 
 def _falling(scores: NDArray[np.float64]) -> Floats:

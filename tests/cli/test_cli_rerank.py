@@ -153,6 +153,17 @@ def test_eval_shows_both_stages_and_what_changed(mmsearch, photos, library):
     assert mmsearch("eval", "pairs.csv", "--rerank", "1001", library=library).code == 2
 
 
+def test_eval_asks_captions_of_another_collection(mmsearch, photos, library):
+    """None of these colours is there: all are turned away; without --rerank there is nobody to turn them away."""
+    Path("pairs.csv").write_text("image,caption\nphotos/white-black.png,white and black\nphotos/red-red.png,red\n")
+    Path("others.csv").write_text("image,caption\nphotos/red-red.png,green and blue\nphotos/cyan-black.png,magenta\n")
+    line = ["eval", "pairs.csv", "--rerank", "3", "--workers", "1", "--absent", "others.csv"]
+    read = json.loads(mmsearch(*line, "--json", library=library).out)["absence"]
+    assert (read["strangers"], read["strangers_rejected"]) == (2, 1.0)
+    assert "turned away of 2 strange ones" in mmsearch(*line, library=library).out
+    assert mmsearch("eval", "pairs.csv", "--absent", "others.csv", library=library).code == 2
+
+
 def test_without_tokens_a_query_imports_nothing_of_the_second_stage(mmsearch, photos, library):
     """The cold start is what it was."""
     assert mmsearch("index", "photos", "--no-tokens", "--workers", "1", library=library).code == 0
