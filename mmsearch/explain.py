@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from mmsearch.errors import ImageError, ResourceError
 from mmsearch.occlusion import falls, words_of
 from mmsearch.rerank.commonness import rarity
 from mmsearch.rerank.scores import Evidence
-from mmsearch.types import NO_PARTS, Hit, Pixels, Preprocessing
+from mmsearch.types import NO_PARTS, Embeddings, Hit, Pixels, Preprocessing
 
 if TYPE_CHECKING:
     from mmsearch.encoder import Encodes
@@ -86,7 +85,8 @@ def explain(
     except ImageError:
         return Explanation(parts=hit.parts)
     asked = words_of(words)
-    lost = falls(pixels, [words, *asked], score=partial(_log_odds, reranker=reranker, encoder=encoder))
+    score = _Scored(hit.parts, of_text=text is not None, reranker=reranker, encoder=encoder)
+    lost = falls(pixels, [words, *asked], score=score.log_odds)
     found = Explanation(parts=hit.parts, picture=path, asked=asked if lost is not None else (), falls=lost)
     looks = _attention(words, pixels, reranker=reranker, encoder=encoder)
     if looks is None:
@@ -108,26 +108,43 @@ def _attention(words: str, pixels: Pixels, *, reranker: Reranks, encoder: Encode
     )
 
 
-def _log_odds(texts: Sequence[str], pictures: Pixels, *, reranker: Reranks, encoder: Encodes) -> NDArray[np.float64]:
-    """(t) texts, (n, s, s, 3) -> (t, n) final scores as a picture without texts has them."""
-    rows, (image_rows, _) = encoder.encode_texts(texts), encoder.encode_pixels(pictures)
-    pairs = np.stack(np.divmod(np.arange(len(texts) * len(pictures)), len(pictures)), axis=1)
-    logits = reranker.logits(
-        reranker.read_texts(texts) if reranker.reads_tokens else None,
-        rows,
-        reranker.read_pixels(pictures) if reranker.reads_tokens else None,
-        image_rows,
-        pairs=pairs,
-    )
-    evidence = Evidence.of(
-        cosine=np.clip(rows @ image_rows.T, -1.0, 1.0).ravel(),
-        logit=logits,
-        rarity=np.tile(rarity(image_rows, reranker.caption_bank), len(texts)),
-    )
-    found = np.full(len(evidence), np.nan)
-    covers = reranker.scoring.covers(evidence)
-    found[covers] = reranker.scoring.final(evidence.take(covers))
-    return found.reshape(len(texts), len(pictures))
+class _Scored:
+    """Final scores as the search of a hit has them. `parts`: of that hit; `of_text`: words asked for pictures."""
+
+    def __init__(self, parts: Mapping[str, float], *, of_text: bool, reranker: Reranks, encoder: Encodes) -> None:
+        self._parts, self._of_text, self._reranker, self._encoder = parts, of_text, reranker, encoder
+
+    def log_odds(self, texts: Sequence[str], pictures: Pixels) -> NDArray[np.float64]:
+        """(t) texts, the hit's whole one first, and (n, s, s, 3) -> (t, n); NaN where the scoring covers none."""
+        reranker, encoder = self._reranker, self._encoder
+        rows, (image_rows, _) = encoder.encode_texts(texts), encoder.encode_pixels(pictures)
+        pairs = np.stack(np.divmod(np.arange(len(texts) * len(pictures)), len(pictures)), axis=1)
+        logits = reranker.logits(
+            reranker.read_texts(texts) if reranker.reads_tokens else None,
+            rows,
+            reranker.read_pixels(pictures) if reranker.reads_tokens else None,
+            image_rows,
+            pairs=pairs,
+        )
+        captions = np.full((len(texts), len(pictures)), np.nan)
+        captions[0] = self._parts.get("text_cosine", np.nan)  # the item's own text stays; no word was compared with it
+        evidence = Evidence.of(
+            cosine=np.clip(rows @ image_rows.T, -1.0, 1.0).ravel(),
+            logit=logits,
+            text_cosine=captions.ravel(),
+            rarity=self._rarity(rows, image_rows).ravel(),
+        )
+        found = np.full(len(evidence), np.nan)
+        covers = reranker.scoring.covers(evidence)
+        found[covers] = reranker.scoring.final(evidence.take(covers))
+        return found.reshape(len(texts), len(pictures))
+
+    def _rarity(self, rows: Embeddings, image_rows: Embeddings) -> NDArray[np.float64]:
+        """(t, n): of what is searched, pictures for words, captions for a picture."""
+        shape = (len(rows), len(image_rows))
+        if self._of_text:
+            return np.broadcast_to(rarity(image_rows, self._reranker.caption_bank)[None], shape)
+        return np.broadcast_to(rarity(rows, self._reranker.picture_bank)[:, None], shape)
 
 
 def _rounded(numbers: NDArray[np.float32]) -> Any:  # noqa: ANN401 - lists of lists of float

@@ -60,7 +60,7 @@ class Searcher:
         else:
             self._reranker = reranker
         self._lock, self._loading = threading.Lock(), threading.Lock()
-        self._warm = False
+        self._warm: set[bool] = set()
         self._view = self._index.view()
 
     @classmethod
@@ -251,9 +251,9 @@ class Searcher:
             return None
         from mmsearch.second_stage import SecondStage, warmed
 
-        if wish.budget_ms is not None and not self._warm:
-            warmed(reranker)
-            self._warm = True
+        if wish.budget_ms is not None and of_text not in self._warm:
+            warmed(reranker, of_text=of_text)
+            self._warm.add(of_text)
         return SecondStage(reranker, self.encoder, view.tokens(reranker.tokens_identity))
 
     @property

@@ -30,7 +30,6 @@ from mmsearch.rerank.calibration import probability_of
 from mmsearch.rerank.commonness import rarity
 from mmsearch.rerank.request import STORE_TOKENS, Rerank, no_probabilities
 from mmsearch.rerank.scores import PARTS, Evidence, Scoring
-from mmsearch.rerank.tokens import quantise
 from mmsearch.types import Hit
 
 if TYPE_CHECKING:
@@ -57,12 +56,17 @@ class Reordered:
     notes: tuple[str, ...] = ()
 
 
-def warmed(reranker: Reranks) -> Reranks:
-    """The same, after one pair of nothing: graphs and banks are there, and the first candidates are timed as others."""
-    config, row = reranker.config, np.zeros((1, reranker.towers.dim), np.float32)
-    patches = quantise(np.zeros((1, config.patches, config.patch_dim), np.float32))
-    reranker.logits(reranker.read_texts(["a"]), row, patches, row, pairs=np.zeros((1, 2), np.int64))
-    rarity(row, reranker.caption_bank)
+def warmed(reranker: Reranks, *, of_text: bool) -> Reranks:
+    """The same, after two pairs of nothing: graphs and banks are there, and the first candidates are timed as others.
+
+    `of_text`: one text and pictures, else one picture and captions.
+    """
+    size, one = reranker.preprocessing.size, np.arange(2) * 0
+    rows = np.zeros((2, reranker.towers.dim), np.float32)
+    patches = reranker.read_pixels(np.zeros((2, size, size, 3), np.uint8)) if reranker.reads_tokens else None
+    pairs = np.stack([one, np.arange(2)] if of_text else [np.arange(2), one], axis=1)
+    reranker.logits(reranker.read_texts(["a", "b"]), rows, patches, rows, pairs=pairs)
+    rarity(rows[:1], reranker.caption_bank if of_text else reranker.picture_bank)
     return reranker
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmsearch.builder import build
+from mmsearch.encoder import to_pixels
 from mmsearch.errors import ResourceError, UsageError
-from mmsearch.explain import Explanation, draw, explain, whole_words
+from mmsearch.explain import Explanation, _Scored, draw, explain, whole_words
 from mmsearch.rerank.heatmap import contact_sheet, overlay
+from mmsearch.searcher import Searcher
 from mmsearch.testing import COLORS, ColorEncoder, ColorReranker
 from mmsearch.types import Hit, Item, Modality, Preprocessing
 
@@ -67,6 +70,28 @@ def test_a_caption_is_explained_over_the_query_picture(tmp_path):
     picture = halves(tmp_path / "p.png", "red", "blue")
     found = explained(hit(None, modality=Modality.TEXT, caption="blue things"), picture=str(picture))
     assert found.words == ("blue", "things") and found.grid[0, :, 1].sum() > 0.99
+
+
+def test_what_is_explained_is_the_score_of_the_search(tmp_path):
+    """Without a cover it is the hit's own, either way, with a text of its own or without."""
+    (tmp_path / "photos").mkdir()
+    for left, right in (("red", "blue"), ("green", "black"), ("white", "cyan")):
+        halves(tmp_path / "photos" / f"{left}-{right}.png", left, right)
+    (tmp_path / "photos" / "red-blue.txt").write_text("red and blue\n")
+    (tmp_path / "photos" / "green-black.txt").write_text("green and black\n")
+    encoder, reranker = ColorEncoder(), ColorReranker()
+    build([tmp_path / "photos"], tmp_path / "index", encoder=encoder, workers=1)
+    reranker.caption_bank = encoder.encode_texts(["red", "white", "a blue thing"])
+    reranker.picture_bank = encoder.encode_texts(["green", "black and white"])
+    picture = tmp_path / "photos" / "red-blue.png"
+    with Searcher.open(tmp_path / "index", encoder=encoder, reranker=reranker) as searcher:
+        of_text = searcher.search_text("red and blue", k=3, rerank=3)
+        of_picture = searcher.search_image(picture, k=2, to="text", rerank=2)
+    for found in (*of_text, *of_picture):
+        text, path = ("red and blue", found.item.path) if found.modality is Modality.IMAGE else (found.caption, picture)
+        pixels = to_pixels(Path(path), reranker.preprocessing)
+        score = _Scored(found.parts, of_text=found.modality is Modality.IMAGE, reranker=reranker, encoder=encoder)
+        assert score.log_odds([text], pixels[None])[0, 0] == pytest.approx(found.parts["log_odds"], abs=0.02)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -147,9 +172,15 @@ def test_equal_shares_light_nothing():
     assert flat.max() == flat.min() < brightness(photo).max() / 2
 
 
-def test_small_numbers_are_drawn_faintly():
-    """Below `least` a map is not stretched to full light."""
+def test_small_numbers_are_drawn_faintly(tmp_path):
+    """Below `least` a map is not stretched to full light; a word that costs next to nothing stays dark."""
     photo = Image.new("RGB", (80, 80), (120, 120, 120))
+    lost = np.stack([spot(0, 0, side=7), 0.05 * spot(0, 0, side=7)])
+    path = halves(tmp_path / "p.png", "black", "black")
+    draw(Explanation(asked=("dog",), falls=lost, picture=str(path)), tmp_path / "why.png", preprocessing=SQUASH)
+    with Image.open(tmp_path / "why.png") as sheet:
+        tiles = [brightness(sheet.crop((left, 8, left + 240, 168))).max() for left in (8, 256)]
+    assert tiles[0] > 2 * tiles[1]
     full, faint = (brightness(overlay(photo, spot(1, 1), preprocessing=SQUASH, least=least)).max() for least in (1, 5))
     assert full > 1.2 * faint
 

@@ -295,7 +295,9 @@ def test_a_budget_does_not_count_what_is_loaded_once(stored):
     with opened(stored, Lazy()) as searcher:
         for _ in range(2):
             assert len(searcher.search_text("red", k=3, rerank=Rerank(8, budget_ms=10_000.0))) == 3
-    assert calls == [1, 8, 8]  # one pair of nothing, then both queries
+        for _ in range(2):
+            searcher.search_image(halves("red", "green"), k=3, to="text", rerank=Rerank(3, budget_ms=10_000.0))
+    assert calls == [2, 8, 8, 2, 3, 3]  # two pairs of nothing, then both queries, either way
 
 
 def test_texts_for_a_text_keep_their_order_and_get_probabilities(stored):

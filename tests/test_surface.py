@@ -29,8 +29,8 @@ LAYERS = {
     "encoder": 3, "backends": 3, "testing": 3, "rerank": 3, "train": 3, "query": 3,
     "ingest": 4, "pictures": 4, "scan": 4, "token_fill": 4, "builder": 4, "searcher": 4, "evaluate.evaluator": 4,
     "evaluate.zeroshot": 4, "derive": 4, "derived_maker": 4,
-    "evaluate.rerank_eval": 4, "evaluate.stages": 4, "evidence": 4, "explain": 4, "matcher": 4, "second_stage": 4, "view": 4,
-    "hits": 4, "opened": 4, "shards": 4, "reshard": 4, "reindex": 4,
+    "evaluate.rerank_eval": 4, "evaluate.stages": 4, "evidence": 4, "explain": 4, "matcher": 4, "second_stage": 4,
+    "view": 4, "hits": 4, "opened": 4, "shards": 4, "reshard": 4, "reindex": 4,
     "bridge": 4, "bridge_build": 4, "bridge_cost": 4, "bridged": 4, "scale": 4, "exchange": 4,
     "cli": 5, "server": 5, "__main__": 5,
 }  # fmt: skip

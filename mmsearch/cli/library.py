@@ -101,7 +101,7 @@ class Library:
         from mmsearch.explain import Explanation, explain
 
         if not searcher.has_reranker:
-            return Explanation()
+            return Explanation(parts=hit.parts)
         return explain(hit, reranker=searcher.reranker, encoder=searcher.encoder, text=text, picture=picture)
 
     def draw(self, searcher: Searcher, explanation: Explanation, target: Path) -> bool:

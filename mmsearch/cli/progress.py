@@ -30,7 +30,8 @@ class Bar:
         self._what, self._unit, self._clock = what, unit, clock
         self._quiet = not sys.stderr.isatty() if quiet is None else quiet
         self._total: int | None = None
-        self._done, self._began, self._told = 0, clock(), clock()
+        self._done, self._told = 0, clock()
+        self._since: tuple[int, float] | None = None  # what was done when, and the pace is taken from there
         self._drawn: Progress | None = None
         self._task: TaskID | None = None
 
@@ -46,7 +47,7 @@ class Bar:
     def start(self, total: int | None, *, what: str = "", unit: str = "") -> None:
         """Begin to draw; a second call sets the total anew, and with `what` a new part begins from nothing."""
         if what:
-            self._done, self._began = 0, self._clock()
+            self._done, self._since = 0, None
         self._what, self._unit, self._total = what or self._what, unit or self._unit, total
         if self._quiet:
             return
@@ -62,11 +63,14 @@ class Bar:
     def advance(self, n: int, *, note: str = "") -> None:
         """`n` more are done; `note` is a word on what is going on."""
         self._done += n
+        now, since = self._clock(), self._since
         if self._drawn is not None and self._task is not None:
             self._drawn.update(self._task, advance=n, note=shown(note), refresh=False)
-        elif self._quiet and self._clock() - self._told >= LINE_EVERY_S:
-            self._told = self._clock()
-            say(self._line(note))
+        elif since is None:  # the first step may be all that an earlier run did
+            self._since = (self._done, now)
+        elif self._quiet and now - self._told >= LINE_EVERY_S and now > since[1]:
+            say(self._line((self._done - since[0]) / (now - since[1]), note))
+            self._told, self._since = now, (self._done, now)
 
     def note(self, text: str) -> None:
         """A line for the user that stays, above the bar when there is one."""
@@ -75,9 +79,8 @@ class Bar:
         else:
             say(text)
 
-    def _line(self, note: str) -> str:
-        rate = max(self._done, 1) / max(self._clock() - self._began, 1e-9)
-        line = f"{self._what}: {how_far(self._done, self._total, rate=rate, unit=self._unit)}"
+    def _line(self, rate: float, note: str) -> str:
+        line = f"{self._what}: {how_far(self._done, self._total, rate=max(rate, 1e-9), unit=self._unit)}"
         return f"{line}; {note}" if note else line
 
 

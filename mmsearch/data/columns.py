@@ -26,7 +26,7 @@ from mmsearch.types import Skipped, SkipReason
 ROWS_OF_NAMES, ROWS_OF_PICTURES = 1024, 32
 """Rows that are read at once, where pictures are named and where they are inside."""
 
-_BINARY_NAMES = (*IMAGE_COLUMNS, "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+_BINARY_NAMES = (*IMAGE_COLUMNS, "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 
 
 @dataclass(frozen=True, slots=True)

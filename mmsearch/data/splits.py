@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _ALIASES = {
@@ -15,7 +16,8 @@ _ALIASES = {
 _NAMED = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test)(?=$|[^a-z])")
 
 
-_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)[-_ ]?\d*")
+_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([-_ ]?\d+)?")
+_SPLITS = ("train", "val", "test")
 
 
 def canonical_split(split: str) -> str:
@@ -33,6 +35,12 @@ def split_of_folder(path: str) -> str | None:
         if found := _FOLDER.fullmatch(part):
             return canonical_split(found[1])
     return None
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that a file or folder is called, and nothing else: "val.csv" -> "val", "test1.csv" -> None."""
+    found = canonical_split(os.path.splitext(os.path.basename(path))[0])
+    return found if found in _SPLITS else None
 
 
 def split_in(path: str) -> str | None:

@@ -1,9 +1,8 @@
 """Tables of pictures and texts: CSV, TSV, JSON lines, and a JSON list of objects.
 
 Columns, whatever their case: a picture is in the first of `IMAGE_COLUMNS` that there is; captions are in
-`caption`, `captions`, `title`, `text` and `caption_...`, where a row has none of them in what else captions are called
-(`sentence`, `description`, `comment`, `alt`, `alt_text`); `id`, `split` and `group` mean what they say; everything else
-is metadata.
+`caption`, `captions`, `title`, `text` and `caption_...`, where there are none of them in the first of `ELSE_CAPTIONS`;
+`id`, `split` and `group` mean what they say; everything else is metadata.
 
 Decisions:
 - A bad row is reported with its line and costs itself only; a table without a usable column is an error.
@@ -24,15 +23,14 @@ from mmsearch.data.texts import OnSkip, captions_in, clean, json_value, parse_js
 from mmsearch.errors import InputError
 from mmsearch.types import Skipped, SkipReason
 
-IMAGE_COLUMNS = (
-    *("image", "image_path", "filepath", "path", "file", "filename", "file_name", "image_name", "image_file"),
-    *("img", "img_path", "picture", "photo"),
-)
+FILE_COLUMNS = ("image_path", "filepath", "path", "file", "filename", "file_name", "image_name", "image_file")
+IMAGE_COLUMNS = ("image", *FILE_COLUMNS, "img", "img_path", "picture")
+ELSE_CAPTIONS = ("sentence", "sentences", "description", "descriptions", "comment", "comments", "alt", "alt_text")
+"""What a column of captions is called where none is called so."""
 
 Row: TypeAlias = Sequence[tuple[str, object]]
 
 _CAPTION = re.compile(r"caption_.*|caption\d*|captions|title|text")
-_ELSE_CAPTION = re.compile(r"sentences?|descriptions?|comments?|alt|alt_text")
 _LINE_CHARACTERS, _HEADER_CHARACTERS = 1 << 24, 4096
 _SEPARATORS = ",;\t|"
 _COLUMNS = f"a column {IMAGE_COLUMNS[0]} (or {', '.join(IMAGE_COLUMNS[1:])}) or caption"
@@ -81,12 +79,12 @@ def record(line: int, row: Row) -> Record:
     stated: dict[str, str | None] = {"id": None, "split": None, "group": None}
     captions: tuple[str, ...] = ()
     metadata: dict[str, object] = {}
-    pattern = _CAPTION if any(_CAPTION.fullmatch(name) for name in lower) else _ELSE_CAPTION
+    of_captions = caption_columns(lower)
     for position, (name, value) in enumerate(row):
         key = name.strip().lower()
         if position == image_at or value is None or value == "":
             continue
-        if pattern.fullmatch(key):
+        if key in of_captions:
             captions += captions_in(_listed(value))
         elif key in stated:
             stated[key] = clean(str(value))
@@ -145,12 +143,17 @@ def _split(line: str, separator: str) -> list[str]:
 
 def _usable(header: Iterable[str]) -> int:
     names = {name.strip().lower() for name in header}
-    return sum(name in IMAGE_COLUMNS or is_caption_column(name) for name in names)
+    return len(names & set(IMAGE_COLUMNS)) + len(caption_columns(names))
 
 
-def is_caption_column(name: str) -> bool:
-    """Whether a column of that name, in lower case, may hold captions."""
-    return (_CAPTION.fullmatch(name) or _ELSE_CAPTION.fullmatch(name)) is not None
+def caption_columns(names: Iterable[str]) -> set[str]:
+    """Those of the names, in lower case, that hold captions.
+
+    Known values: caption, comment -> caption; image, comment, alt -> comment.
+    """
+    there = set(names)
+    found = {name for name in there if _CAPTION.fullmatch(name)}
+    return found or set([name for name in ELSE_CAPTIONS if name in there][:1])
 
 
 def is_table(path: str) -> bool:
@@ -161,7 +164,7 @@ def is_table(path: str) -> bool:
     except (OSError, UnicodeError):
         return False
     names = [{name.strip().lower() for name in _split(first, separator)} for separator in _SEPARATORS]
-    return any(any(map(is_caption_column, some)) and not some.isdisjoint(IMAGE_COLUMNS) for some in names)
+    return any(caption_columns(some) and not some.isdisjoint(IMAGE_COLUMNS) for some in names)
 
 
 def check_columns(path: str, header: Sequence[str]) -> None:

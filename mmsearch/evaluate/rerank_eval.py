@@ -68,6 +68,7 @@ def evaluate_stages(
     if not 1 <= depth <= MAX_DEPTH:
         raise UsageError("--rerank", expected=f"1 to {MAX_DEPTH}", got=str(depth))
     began, told = time.monotonic(), progress or SilentProgress()
+    strangers = None if absent is None else _captions_of(absent)  # a wrong name is said before hours of encoding
     encoder, reranker = load()
     skipped: list[Skipped] = []
     pairs = read_pairs(str(path), split=split, on_skip=skipped.append)
@@ -85,8 +86,10 @@ def evaluate_stages(
     patches = watching.patches()
     found = scored(encoded, patches, reranker=reranker, depth=depth, progress=told)
     strange = None
-    if absent is not None:
-        asked = _strangers(absent, encoded, encoder=encoder)
+    if strangers is not None:
+        nobody = np.full(len(strangers), -1)
+        rows = encoder.encode_texts(strangers)
+        asked = replace(encoded, texts=strangers, text_rows=rows, text_groups=nobody, owners=nobody)
         strange = _answers(asked, patches, reranker=reranker, depth=depth, progress=told)
     groups = {"text_groups": encoded.text_groups, "image_groups": encoded.image_groups}
     second = evaluate_reranked(first, found.to_image, found.to_text, groups=(encoded.text_groups, encoded.image_groups))
@@ -100,15 +103,13 @@ def evaluate_stages(
     )
 
 
-def _strangers(path: str | Path, encoded: Encoded, *, encoder: Encodes) -> Encoded:
-    """The same pictures with captions of other pairs; whose pictures these had means nothing any more."""
+def _captions_of(path: str | Path) -> tuple[str, ...]:
+    """The first caption of some of the pairs."""
     captions = [pair.captions[0] for pair in read_pairs(str(path), on_skip=lambda skipped: None) if pair.captions]
     if not captions:
         raise InputError(str(path), expected="pairs with captions", got="none", do="Name another table.")
     drawn = np.sort(np.random.default_rng(0).permutation(len(captions))[:MOST_STRANGERS])
-    texts = tuple(captions[place] for place in drawn)
-    nobody = np.full(len(texts), -1)
-    return replace(encoded, texts=texts, text_rows=encoder.encode_texts(texts), text_groups=nobody, owners=nobody)
+    return tuple(captions[place] for place in drawn)
 
 
 def _answers(

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from mmsearch.data.table import IMAGE_COLUMNS
+from mmsearch.data.table import FILE_COLUMNS
 from mmsearch.errors import InputError
 from mmsearch.exchange.arrow_vectors import (
     dim_of,
@@ -156,7 +156,7 @@ def _says_something(field: pyarrow.Field) -> bool:
     if field.name in (TEXT_VECTORS, TEXT_PARTS, HAS_IMAGE, TEXT_PART):
         return False
     binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
-    if is_vectors(kind) or (binary and field.name.lower() not in ("id", "key", *IMAGE_COLUMNS[1:])):
+    if is_vectors(kind) or (binary and field.name.lower() not in ("id", "key", *FILE_COLUMNS)):
         return False
     return not (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmsearch.data.table import IMAGE_COLUMNS, is_caption_column
+from mmsearch.data.table import IMAGE_COLUMNS, caption_columns
 from mmsearch.data.texts import captions_in, clean, json_value, parse_json
 from mmsearch.errors import InputError
 from mmsearch.exchange.base import Facts
@@ -33,9 +33,9 @@ class Roles:
         self._path = next((lower[name] for name in IMAGE_COLUMNS if name in lower and lower[name] != self._id), None)
         self._known = {name: lower[name] for name in (*_NUMBERS, "taken_at", METADATA, CAPTIONS) if name in lower}
         used = {self._id, self._path, *self._known.values()}
-        self._captions = [
-            p for p, name in enumerate(names) if p not in used and is_caption_column(name.strip().lower())
-        ]
+        left = {p: name.strip().lower() for p, name in enumerate(names) if p not in used}
+        of_captions = caption_columns(left.values())
+        self._captions = [p for p, name in left.items() if name in of_captions]
         used.update(self._captions)
         self._others = [(place, clean(name)) for place, name in enumerate(names) if place not in used]
 

@@ -40,9 +40,11 @@ def contact_sheet(
     `least`: what the largest number of a tile is at least taken to be. More than 39 words: the first 39. Raises
     `UsageError` for numbers that do not fit the words or are not finite.
     """
-    shares = np.concatenate([np.asarray(whole, np.float64)[None], np.asarray(grid, np.float64)])
-    if shares.ndim != 3 or len(shares) != 1 + len(words) or shares.shape[1] != shares.shape[2]:
-        raise UsageError("numbers of a sheet", expected=f"({len(words)}, g, g)", got=str(shares[1:].shape))
+    first, rest = np.asarray(whole, np.float64), np.asarray(grid, np.float64)
+    if first.ndim != 2 or first.shape[0] != first.shape[1] or rest.shape != (len(words), *first.shape):
+        got = f"{rest.shape} and {first.shape}"
+        raise UsageError("numbers of a sheet", expected=f"({len(words)}, g, g) and (g, g)", got=got)
+    shares = np.concatenate([first[None], rest])
     if not np.isfinite(shares).all():
         raise UsageError("numbers of a sheet", expected="finite numbers", got="NaN or infinity")
     small = ImageOps.contain(photo.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)

@@ -7,7 +7,8 @@ Decisions:
 - Rows of other splits ("test") are left alone, so that a later evaluation on them is honest; a picture or a group of
   theirs among the training rows is an error.
 - A table among several that is called as a split is ("val.csv") is that split, unless its rows say something else.
-- A picture that several tables list is held out of all of them.
+- A picture that several tables list is held out of all of them. Rows that name no split follow those that do: their
+  picture is trained on where another table says train, measured on where it says val, and left alone else.
 - What would make the numbers lie (a leak, one caption for everything) is an error; what makes them coarse is a warning.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from mmsearch.data.pairs import read_pairs
-from mmsearch.data.splits import canonical_split, split_of_folder
+from mmsearch.data.splits import canonical_split, split_of_file
 from mmsearch.errors import InputError, UsageError
 from mmsearch.types import Pair, Skipped
 
@@ -63,12 +64,13 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A pair on its way: `key` places its group, in [0, 2**64), the same for all pairs of the group."""
+    """A pair on its way, the `row`th of source `origin`. `key` places its group, in [0, 2**64), one for all of it."""
 
     pair: Pair
     repeat: int
     key: int
     origin: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +102,33 @@ def read_examples(
         _read_source(source, number, seed=seed, skipped=skipped, alone=len(sources) == 1)
         for number, source in enumerate(sources)
     ]
+    if not any(one.train for one in read):
+        where = ", ".join(source.path for source in sources)
+        raise InputError(where, expected="pairs to train on", got="only val", do="Name a table of them as well.")
     share = 0.0 if any(one.val and not one.train for one in read) else val_share
-    train: list[_Member] = []
-    val: list[Pair] = []
+    val = [pair for one in read for pair in one.val]
+    others = [pair for one in read for pair in one.others]
+    stated = [member for one in read for member in one.train if member.pair.split is not None]
+    unstated = [member for one in read for member in one.train if member.pair.split is None]
+    unstated, said = _follow(unstated, val)
+    unstated, left_alone = _follow(unstated, others)
+    val.extend(said)
+    fixed = [member.pair for one in read if one.val for member in one.train]
     divided: list[_Member] = []
     drawn: list[Pair] = []
-    for one in read:
-        own, held_out = (one.train, []) if one.val else _hold_out(one.train, share=share, limit=limit)
-        val.extend(one.val or held_out)
+    for number, one in enumerate(read):
+        own = [member for member in (*stated, *unstated) if member.origin == number]
+        kept, held_out = (own, []) if one.val else _hold_out(own, share=share, limit=limit, fixed=fixed)
+        divided.extend(kept)
         drawn.extend(held_out)
-        (train if one.val else divided).extend(own)
     divided, more = _follow(divided, drawn)
-    val.extend(more)
-    train = _limited(sorted([*train, *divided], key=lambda member: member.origin), limit)
+    val.extend([*drawn, *more])
+    train = _limited(sorted(divided, key=lambda member: (member.origin, member.row)), limit)
     pairs = [member.pair for member in train]
     _check_contrast(pairs, where=", ".join(source.path for source in sources))
     _check_leak(pairs, val, what="to measure on")
-    _check_leak(pairs, (pair for one in read for pair in one.others), what="in another split")
-    warnings = (*_about_skipped(skipped), *_about_texts(pairs, val), *_about_val(val))
+    _check_leak(pairs, others, what="in another split")
+    warnings = (*_about_skipped(skipped), *_about_left_alone(left_alone), *_about_texts(pairs, val), *_about_val(val))
     repeats, origins = (member.repeat for member in train), (member.origin for member in train)
     return Examples(tuple(pairs), tuple(repeats), tuple(val), tuple(skipped), warnings, tuple(origins))
 
@@ -138,14 +149,15 @@ def _read_source(source: DataSource, number: int, *, seed: int, skipped: list[Sk
     """What a source says to train on, and what it says to measure on (nothing where both splits are the same)."""
     wanted, measured = canonical_split(source.split), canonical_split(source.val_split)
     base, seen = os.path.abspath(source.path), set()
-    usual = None if alone else split_of_folder(f"{os.path.splitext(os.path.basename(base))[0]}/")
+    usual = None if alone else split_of_file(base)
     found = _Read([], [], [])
     for pair in read_pairs(source.path, on_skip=skipped.append):
         split = pair.split or usual
         seen.add(split or "none")
         named = pair if pair.group == pair.image else replace(pair, group=f"{base}#{pair.group}")
         if split in (wanted, None):
-            found.train.append(_Member(named, source.repeat, _key(named.group, base=base, seed=seed), number))
+            key = _key(named.group, base=base, seed=seed)
+            found.train.append(_Member(replace(named, split=split), source.repeat, key, number, len(found.train)))
         elif split == measured:
             found.val.append(named)
         else:
@@ -153,6 +165,8 @@ def _read_source(source: DataSource, number: int, *, seed: int, skipped: list[Sk
     if not found.train and (alone or not found.val):
         first = f", the first skipped: {skipped[0].path} ({skipped[0].reason})" if skipped else ""
         got = f"only {', '.join(sorted(seen))}" if seen else f"no pairs at all{first}"
+        if usual is not None and seen == {usual}:
+            got += ", as the file is called"
         raise InputError(
             source.path, expected=f"pairs of split {source.split}", got=got, do="Name another split, or another path."
         )
@@ -164,9 +178,13 @@ def _key(group: str, *, base: str, seed: int) -> int:
     return int(xxhash.xxh3_64_intdigest(below.encode("utf-8", "surrogateescape"), seed=seed & (2**64 - 1)))
 
 
-def _hold_out(members: list[_Member], *, share: float, limit: int | None) -> tuple[list[_Member], list[Pair]]:
-    """(train, val): the groups with the smallest keys are held out."""
-    groups = {member.pair.group: member.key for member in members}
+def _hold_out(
+    members: list[_Member], *, share: float, limit: int | None, fixed: Sequence[Pair]
+) -> tuple[list[_Member], list[Pair]]:
+    """(train, val): the groups with the smallest keys are held out; none that has a picture of `fixed`."""
+    images = {pair.image for pair in fixed}
+    bound = {member.pair.group for member in members if member.pair.image in images}
+    groups = {member.pair.group: member.key for member in members if member.pair.group not in bound}
     of_all = min(len(groups), limit or len(groups))
     count = min(max(1, round(share * of_all)), MOST_HELD_OUT, len(groups) - 2) if share else 0
     if count < 1:
@@ -238,6 +256,12 @@ def _about_skipped(skipped: Sequence[Skipped]) -> list[str]:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     first = f"{skipped[0].path}: {skipped[0].detail}" if skipped[0].detail else skipped[0].path
     return [f"{len(skipped)} left out of the data ({reasons}), the first: {first}"]
+
+
+def _about_left_alone(pairs: Sequence[Pair]) -> list[str]:
+    if not pairs:
+        return []
+    return [f"{len(pairs)} pairs without a split left out: another table has their pictures in a split of its own"]
 
 
 def _about_texts(train: Sequence[Pair], val: Sequence[Pair]) -> list[str]:

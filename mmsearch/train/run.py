@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -177,7 +178,10 @@ def _ways(found: Evaluation) -> list[tuple[str, Mapping[str, float]]]:
 
 def _check_ranks(settings: TrainSettings, examples: Examples, *, world: int) -> None:
     """Each process needs a picture of every batch: a batch that one has none of teaches nothing."""
-    most = min(settings.run.batch_size, sum(examples.repeats))
+    draws = Counter[int]()
+    for origin, repeat in zip(examples.origins, examples.repeats, strict=True):
+        draws[0 if settings.data.mixed else origin] += repeat
+    most = min(settings.run.batch_size, *draws.values())
     if world > most:
         raise UsageError(
             "torchrun", expected=f"at most {most} processes for batches of {most}", got=str(world), do="Start fewer."

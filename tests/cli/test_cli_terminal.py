@@ -89,17 +89,19 @@ def test_a_log_gets_a_line_a_minute(capsys):
     """Whoever runs it overnight sees how far it is; short work says nothing."""
     now = [0.0]
     with Bar("training", unit="steps", quiet=True, clock=lambda: now[0]) as bar:
-        bar.start(400)
+        bar.start(1400)
+        bar.advance(1000)  # what an earlier run did says nothing of the pace
         for _ in range(5):
             now[0] += 30.0
             bar.advance(20, note="loss 1.5")
         bar.start(None, what="encoding", unit="texts")
-        now[0] += 60.0
-        bar.advance(600)
+        for _ in range(2):
+            now[0] += 60.0
+            bar.advance(600)
     assert capsys.readouterr().err.splitlines() == [
-        "training: 40 of 400 steps, 0.7 a second: about 9 minutes left; loss 1.5",
-        "training: 80 of 400 steps, 0.7 a second: about 8 minutes left; loss 1.5",
-        "encoding: 600 texts, 10.0 a second",
+        "training: 1,040 of 1,400 steps, 0.7 a second: about 9 minutes left; loss 1.5",
+        "training: 1,080 of 1,400 steps, 0.7 a second: about 8 minutes left; loss 1.5",
+        "encoding: 1,200 texts, 10.0 a second",
     ]
 
 

@@ -85,7 +85,7 @@ def test_folders_of_a_folder_with_side_cars_name_splits(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("columns", ["img,sentence", "picture,description", "image_name,comment", "photo,alt"])
+@pytest.mark.parametrize("columns", ["img,sentence", "picture,description", "image_name,comment", "IMG_PATH,Alt"])
 def test_other_names_of_columns(tmp_path, columns):
     """As published data sets have them."""
     pictures(tmp_path, "1.jpg")
@@ -94,10 +94,11 @@ def test_other_names_of_columns(tmp_path, columns):
 
 
 def test_what_else_captions_are_called_counts_only_without_captions(tmp_path):
-    """A comment beside a caption is a comment."""
+    """A comment beside a caption is a comment, and so is one beside a description."""
     pictures(tmp_path, "1.jpg")
-    (tmp_path / "t.csv").write_text("image,caption,comment\n1.jpg,a dog,blurred\n")
-    assert short(read(tmp_path / "t.csv")[0], tmp_path) == [("1.jpg", ("a dog",), None)]
+    for column in ("caption", "description"):
+        (tmp_path / "t.csv").write_text(f"image,{column},comment\n1.jpg,a dog,blurred\n")
+        assert short(read(tmp_path / "t.csv")[0], tmp_path) == [("1.jpg", ("a dog",), None)]
 
 
 def test_a_text_file_with_a_header_is_a_table(tmp_path):

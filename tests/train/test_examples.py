@@ -182,6 +182,25 @@ def test_a_table_with_nothing_but_validation_rows_is_what_is_measured_on(tmp_pat
         assert (len(found.train), images(found.val)) == (20, ["0.jpg", "1.jpg", "2.jpg"])
 
 
+def test_rows_without_a_split_follow_the_tables_that_name_one(tmp_path):
+    """More captions of pictures that another table has divided: none ends on both sides."""
+    first = table(tmp_path, [*named("train", 6), *named("val", 2, start=6), *named("test", 2, start=8)])
+    second = table(tmp_path, [(f"{i}.jpg", f"again {i}", None, None) for i in range(20)], name="more.jsonl")
+    for sources in ((first, second), (second, first)):
+        found = read(*sources, val_share=0.3)
+        held, learnt = set(images(found.val)), set(images(found.train))
+        assert not held & learnt and {"6.jpg", "7.jpg"} < held and {f"{i}.jpg" for i in range(6)} < learnt
+        assert not {"8.jpg", "9.jpg"} & (held | learnt)
+        assert any("2 pairs without a split left out" in one for one in found.warnings)
+
+
+def test_validation_alone_is_nothing_to_train_on(tmp_path):
+    """Said of all tables together, not of groups that there are none of."""
+    paths = [table(tmp_path, named("val", 2, start=2 * i), name=f"{i}.jsonl") for i in range(2)]
+    with pytest.raises(InputError, match="pairs to train on, got only val"):
+        read(*paths)
+
+
 def test_among_several_tables_a_name_that_is_a_split_counts(tmp_path):
     """train.jsonl, val.jsonl and test.jsonl; a single table is to be trained on whatever it is called."""
     named_so = [table(tmp_path, unsplit(4, prefix=name), name=f"{name}.jsonl") for name in ("train", "val")]
@@ -189,8 +208,14 @@ def test_among_several_tables_a_name_that_is_a_split_counts(tmp_path):
     assert images(found.train) == [f"train{i}.jpg" for i in range(4)]
     assert images(found.val) == [f"val{i}.jpg" for i in range(4)]
     assert len(read(named_so[1], val_share=0).train) == 4
-    with pytest.raises(InputError, match=r"test\.jsonl: expected pairs of split train, got only test"):
+    with pytest.raises(InputError, match=r"test\.jsonl: .* got only test, as the file is called"):
         read(*named_so, table(tmp_path, unsplit(4, prefix="t"), name="test.jsonl"))
+
+
+def test_a_name_that_only_begins_like_a_split_is_none(tmp_path):
+    """Two tables called test1 and test2 are somebody's trials."""
+    found = read(*(table(tmp_path, unsplit(4, prefix=n), name=f"{n}.jsonl") for n in ("test1", "test2")), val_share=0)
+    assert len(found.train) == 8
 
 
 def test_a_picture_that_two_tables_list_is_held_out_of_both(tmp_path):

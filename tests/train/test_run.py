@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import filelock
 import pytest
@@ -195,6 +196,10 @@ def test_more_processes_than_pictures_in_a_batch_are_refused(plain_checkpoint, t
     _check_ranks(chosen, examples, world=4)
     with pytest.raises(UsageError, match="at most 4 processes for batches of 4, got 5"):
         _check_ranks(chosen, examples, world=5)
+    apart = settings(table(tmp_path / "d", 8), run={"batch_size": 8}, data={"mixed": False})
+    two = replace(examples, origins=(0,) * (len(examples.train) - 2) + (1, 1))
+    with pytest.raises(UsageError, match="at most 2 processes for batches of 2"):
+        _check_ranks(apart, two, world=3)
 
 
 def test_another_run_in_the_same_folder_is_refused(plain_checkpoint, tmp_path):
