@@ -83,6 +83,11 @@ def test_what_is_explained_is_the_score_of_the_search(tmp_path):
     build([tmp_path / "photos"], tmp_path / "index", encoder=encoder, workers=1)
     reranker.caption_bank = encoder.encode_texts(["red", "white", "a blue thing"])
     reranker.picture_bank = encoder.encode_texts(["green", "black and white"])
+    cases = {
+        name: replace(case, weights=tuple(w + 0.5 for w in case.weights))
+        for name, case in reranker.scoring.cases.items()
+    }
+    reranker.scoring = replace(reranker.scoring, cases=cases)
     picture = tmp_path / "photos" / "red-blue.png"
     with Searcher.open(tmp_path / "index", encoder=encoder, reranker=reranker) as searcher:
         of_text = searcher.search_text("red and blue", k=3, rerank=3)

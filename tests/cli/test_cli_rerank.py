@@ -12,6 +12,7 @@ import pytest
 from cli_fakes import FakeLibrary, hit
 from PIL import Image
 
+from mmsearch.cli.explaining import explained
 from mmsearch.cli.hits import print_table
 from mmsearch.cli.library import Library
 from mmsearch.rerank.request import Rerank
@@ -128,6 +129,14 @@ def test_explanations_are_lines_numbers_and_pictures(mmsearch, photos, library):
         mmsearch("query", "--image", photos / "red-red.png", "--to", "text", "--explain", "--json", library=library).out
     )
     assert read["explain"]["words"] == ["a", "red", "thing"]
+
+
+def test_what_a_line_names_adds_up():
+    """The bend of the calibration is a part like the others."""
+    parts = {"from_bias": -1.0, "from_cosine": 0.5, "from_calibration": 0.25, "log_odds": -0.25}
+    own = {"parts": parts, "words": [], "attention": None, "occlusion": None}
+    (line,) = explained([hit("a.png")], [{"explain": own, "heat_map": None}])
+    assert line == "1: log-odds -0.25 (cosine +0.50, beforehand -1.00, calibration +0.25)"
 
 
 def test_explaining_without_a_re_ranker_still_answers(mmsearch, photos):
