@@ -14,6 +14,7 @@ Decisions:
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TypeAlias
@@ -158,6 +159,8 @@ def caption_columns(names: Iterable[str]) -> set[str]:
 
 def is_table(path: str) -> bool:
     """Whether the first line of a text file is a header with a column of pictures and one of captions."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     try:
         with _open_text(path) as file:
             first = file.readline(_HEADER_CHARACTERS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -107,8 +108,10 @@ def test_a_text_file_with_a_header_is_a_table(tmp_path):
     (tmp_path / "captions.txt").write_text('image,caption\n1.jpg,a dog\n1.jpg,"a dog, running"\n')
     assert short(read(tmp_path / "captions.txt")[0], tmp_path) == [("Images/1.jpg", ("a dog", "a dog, running"), None)]
     (tmp_path / "notes.txt").write_text("a text, with an image in it\n")
-    with pytest.raises(InputError, match="Name its format"):
-        read(tmp_path / "notes.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in ("notes.txt", "pipe.txt"):
+        with pytest.raises(InputError, match="Name its format"):
+            read(tmp_path / name)
 
 
 def test_a_table_may_name_pictures_inside_files(tmp_path):
