@@ -110,7 +110,7 @@ def test_a_text_file_with_a_header_is_a_table(tmp_path):
     (tmp_path / "notes.txt").write_text("a text, with an image in it\n")
     os.mkfifo(tmp_path / "pipe.txt")
     for name in ("notes.txt", "pipe.txt"):
-        with pytest.raises(InputError, match="Name its format"):
+        with pytest.raises(InputError, match="the ending of its format"):
             read(tmp_path / name)
 
 
