@@ -30,6 +30,7 @@ from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import Embeddings, Hit, Modality, ModelIdentity, Preprocessing
 from mmsearch.view import View as View
+from mmsearch.where import Where
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,15 +162,17 @@ class Searcher:
         to: str = "image",
         threshold: float | None = None,
         rerank: Rerank | int | str = 0,
+        where: Where = (),
     ) -> Hits:
         """The k best hits for a text. `to`: "image", "text" (captions) or "any". `threshold`: lowest cosine kept.
 
         `rerank`: how many of the best a second stage re-orders, 0..1000, "auto", or a `Rerank` with conditions.
+        `where`: only items whose metadata fulfil all of these (`mmsearch.where`).
         Raises `UsageError` for an empty text, k outside 1..10000, an unknown `to` or conditions on probabilities that
         nobody knows, `ModelError` where a depth is named and the model has no re-ranker.
         """
         asked = Asked(k, to, threshold, asked_for(rerank))
-        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, text=text))
+        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, where, text=text))
 
     def search_image(
         self,
@@ -179,10 +182,11 @@ class Searcher:
         to: str = "image",
         threshold: float | None = None,
         rerank: Rerank | int | str = 0,
+        where: Where = (),
     ) -> Hits:
         """The k best hits for a picture: a PIL image, (h, w, 3) uint8 pixels, or a `Path`.
 
-        `rerank`: as for `search_text`; captions can be re-ranked, pictures like a picture cannot.
+        `rerank`, `where`: as for `search_text`; captions can be re-ranked, pictures like a picture cannot.
         Raises `ImageError` when a file cannot be read, otherwise as `search_text`.
         """
         asked = Asked(k, to, threshold, asked_for(rerank))
@@ -192,16 +196,16 @@ class Searcher:
 
             image = to_pixels(image, self.preprocessing)  # decoded once: both stages read it
             pixels = image[None]
-        return self._search(self.encoder.encode_images([image]), asked, pixels=pixels)
+        return self._search(self.encoder.encode_images([image]), asked, where, pixels=pixels)
 
     def search_vector(
-        self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None
+        self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None, where: Where = ()
     ) -> Hits:
         """The k best hits for one unit row, (1, d) or (d,), of this index's model. Never re-ranked: it has no words."""
-        return self._search(vector, Asked(k, to, threshold, Rerank(0)))
+        return self._search(vector, Asked(k, to, threshold, Rerank(0)), where)
 
     def _search(
-        self, vector: Embeddings, asked: Asked, *, text: str | None = None, pixels: Pixels | None = None
+        self, vector: Embeddings, asked: Asked, where: Where, *, text: str | None = None, pixels: Pixels | None = None
     ) -> Hits:
         """First stage, and the second where it is asked for and there is one."""
         row = check_embeddings(vector.reshape(1, -1), dim=self._index.model.dim, where="query vector")
@@ -213,11 +217,11 @@ class Searcher:
                 from mmsearch.evidence import Question
 
                 question = Question(row, text, pixels)
-                hits, notes = _first_stage(view, row, asked, width=wish.competing(asked.k))
+                hits, notes = _first_stage(view, row, asked, where, width=wish.competing(asked.k))
                 found = stage.reorder(question, hits, snapshot=view.snapshot, to=asked.to, k=asked.k, asked=wish)
                 if found is not None:
                     return Hits(found.hits, notes=(*view.notes, *notes, *found.notes), partial=view.partial)
-            hits, notes = _first_stage(view, row, asked, width=asked.k)
+            hits, notes = _first_stage(view, row, asked, where, width=asked.k)
             return Hits(hits, notes=(*view.notes, *notes, *more), partial=view.partial)
 
     @contextlib.contextmanager
@@ -288,13 +292,13 @@ class Searcher:
         return None if named is None else str(named)
 
 
-def _first_stage(view: View, row: Embeddings, asked: Asked, *, width: int) -> tuple[list[Hit], list[str]]:
+def _first_stage(view: View, row: Embeddings, asked: Asked, where: Where, *, width: int) -> tuple[list[Hit], list[str]]:
     """The `width` best hits by cosine, and notes."""
     if asked.to == "any":
-        lists = [view.ranked(row, modality, width, threshold=asked.threshold) for modality in Modality]
+        lists = [view.ranked(row, modality, width, threshold=asked.threshold, where=where) for modality in Modality]
         hits, hidden = merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
     else:
-        hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold)
+        hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold, where=where)
     notes = hidden_note(hidden)
     if asked.to == "text" and not view.snapshot.count(Modality.TEXT):
         notes.append("this index holds no captions")

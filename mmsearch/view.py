@@ -3,6 +3,8 @@
 Decisions:
 - Items whose file is not there any more are never shown: the search widens until k hits are there or the index is
   exhausted.
+- Conditions on metadata are the rows that may be returned: they are inside the search, however few they leave. The last
+  few are remembered for as long as the generation is.
 - What is opened for a generation is opened by the first search that needs it, and closed with the generation.
 """
 
@@ -19,11 +21,13 @@ from mmsearch.index.base import NeighbourIndex
 from mmsearch.index.derived import neighbours
 from mmsearch.store.base import Located, Snapshot
 from mmsearch.store.tokens import TOKENS_NAME, TokenStore
-from mmsearch.types import Embeddings, Hit, Modality
+from mmsearch.types import Embeddings, Hit, Modality, Rows
+from mmsearch.where import Where
 
 if TYPE_CHECKING:
     from mmsearch.evidence import HoldsTokens
 
+_REMEMBERED = 8
 Found: TypeAlias = tuple[Located, float]
 """What a row stands for, and its cosine with the query."""
 
@@ -43,6 +47,7 @@ class View:
         self._lock = threading.Lock()
         self._indexes: dict[Modality, NeighbourIndex] = {}
         self._tokens: dict[str, TokenStore] = {}
+        self._allowed: dict[tuple[Modality, str], Rows] = {}
         self._inside, self._retired = 0, False
 
     def enter(self) -> None:
@@ -99,14 +104,31 @@ class View:
         """Those that may be shown beside each other: here, all."""
         return found
 
+    def _rows_where(self, modality: Modality, where: Where) -> Rows:
+        """Rows of the items that fulfil all conditions."""
+        key = modality, repr(where)  # not the conditions themselves: in Python 1 equals True
+        with self._lock:
+            found = self._allowed.get(key)
+        if found is None:
+            found = self.snapshot.rows_where(modality, where)
+            with self._lock:
+                if len(self._allowed) >= _REMEMBERED:
+                    self._allowed.clear()
+                self._allowed[key] = found
+        return found
+
     def ranked(
-        self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None
+        self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None, where: Where = ()
     ) -> tuple[list[Hit], int]:
-        """Hits of one modality whose files are there, and how many were left out because theirs are not."""
-        index, available = self._index(modality), self.snapshot.count(modality)
+        """Hits of one modality whose files are there, and how many were left out because theirs are not.
+
+        `where`: only items that fulfil all conditions.
+        """
+        index, allowed = self._index(modality), self._rows_where(modality, where) if where else None
+        available = self.snapshot.count(modality) if allowed is None else len(allowed)
         width = min(k, available)
         while width:
-            scores, rows = index.search(query, width)
+            scores, rows = index.search(query, width, allowed=allowed)
             kept = [(float(s), int(r)) for s, r in zip(scores[0], rows[0], strict=True) if r >= 0]
             if threshold is not None:
                 kept = [(score, row) for score, row in kept if score >= threshold]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmsearch.store import IndexStore
 from mmsearch.store.tokens import TokenStore
 from mmsearch.testing import COLORS, ColorEncoder, ColorReranker
 from mmsearch.types import Hit, Item, Modality
+from mmsearch.where import parse_condition
 
 PAIRS = tuple(itertools.combinations(COLORS, 2))
 HARD = (("white", "black"), ("red", "cyan"), ("green", "magenta"), ("blue", "yellow"), ("red", "blue"))
@@ -113,6 +115,25 @@ def test_no_depth_is_the_first_stage(stored):
         for wish in (0, "off", Rerank(0)):
             assert list(searcher.search_text("red and blue", k=9, rerank=wish)) == list(plain)
         assert all(hit.probability is None and not hit.parts for hit in plain)
+
+
+def test_what_is_filtered_is_re_ranked(tmp_path):
+    """Conditions on metadata choose who competes, of several indexes too; for a cut-off nobody else is there."""
+    wide = photos(tmp_path, ("red", "blue"), ("white", "black"), ("green", "black"))
+    for name, year in (("red-blue", 1999), ("white-black", 2021), ("green-black", 2022)):
+        (wide / f"{name}.json").write_text(json.dumps({"year": year}))
+    index = indexed(tmp_path)
+    recent = (parse_condition("year>=2020"),)
+    with opened(index) as one, opened([index, index]) as several:
+        for searcher in (one, several):
+            assert names(searcher.search_text("red and blue", k=1, rerank=8)) == ["red-blue"]
+            hits = searcher.search_text("white and black", k=5, rerank="auto", where=recent)
+            assert names(hits) == ["white-black", "green-black"] and hits[0].probability > 0.9
+            none = searcher.search_text("red and blue", rerank=Rerank(cut="auto"), where=recent)
+            assert (len(none), none.notes) == (0, (NOTHING,))
+            alike = searcher.search_image(halves("red", "blue"), k=5, where=recent)
+            assert set(names(alike)) == {"white-black", "green-black"}
+            assert not searcher.search_text("red", rerank=8, where=(parse_condition("year>=2030"),))
 
 
 def test_without_tokens_a_named_depth_reads_the_files_and_auto_reads_none(tmp_path):

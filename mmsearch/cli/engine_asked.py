@@ -1,12 +1,11 @@
-"""What commands ask of an engine, or of an index directory under conditions; and which options go with neither."""
+"""What commands ask of an engine, and which options do not go with one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmsearch.errors import IndexMismatchError, UsageError
+from mmsearch.errors import UsageError
 
 if TYPE_CHECKING:
     from mmsearch.encoder import Encodes
@@ -14,32 +13,21 @@ if TYPE_CHECKING:
 
 
 def open_engine_searcher(
-    path: Path | str | Sequence[Path],
+    address: str,
     encoder: Encodes | None,
     *,
     device: str,
-    model: str | None,
     partial: bool,
     reranker: Path | None,
 ) -> EngineSearcher:
-    """`EngineSearcher.open`. `model`: what `encoder` was named as, None where that is the index's own.
-
-    Raises `UsageError` for the options that are not heeded here, `partial` and `reranker`, and for a directory whose
-    model is another one.
-    """
-    from mmsearch.scale.engine_searcher import EngineSearcher, address_of
+    """`EngineSearcher.open`; `UsageError` for the options that are not heeded here, `partial` and `reranker`."""
+    from mmsearch.scale.engine_searcher import EngineSearcher
 
     if partial or reranker is not None:
         option = "--partial" if partial else "--reranker"
         do = "Leave it out; a second stage and partial answers of several directories are there without both."
-        raise UsageError(option, expected="no --where and no address beside it", got="one", do=do)
-    try:
-        return EngineSearcher.open(address_of(path), encoder=encoder, device=device)
-    except IndexMismatchError as error:
-        if model is None or isinstance(path, str):
-            raise
-        do = "Conditions are not searched over a bridge: leave out --model or --where, or give the index that model."
-        raise UsageError("--model", expected="the model of the index beside --where", got=model, do=do) from error
+        raise UsageError(option, expected="no address beside it", got="one", do=do)
+    return EngineSearcher.open(address, encoder=encoder, device=device)
 
 
 def check_no_cluster(**options: str | None) -> None:

@@ -78,18 +78,16 @@ class Library:
         reranker: Path | None = None,
         partial: bool = False,
         model: str | None = None,
-        filtered: bool = False,
     ) -> Searcher | EngineSearcher:
         """`mmsearch.searcher.Searcher.open`; `reranker`: the model directory that has it. An address: an engine.
 
-        `model`: asks instead of the index's own, over a bridge. `filtered`: for searches with conditions, which an
-        index directory answers as engines do.
+        `model`: asks instead of the index's own, over a bridge.
         """
         encoder = self._encoder if model is None else self._load(model, device=device)
-        if filtered or (isinstance(path, str) and "://" in path):
+        if isinstance(path, str) and "://" in path:
             from mmsearch.cli.engine_asked import open_engine_searcher
 
-            return open_engine_searcher(path, encoder, device=device, model=model, partial=partial, reranker=reranker)
+            return open_engine_searcher(path, encoder, device=device, partial=partial, reranker=reranker)
         from mmsearch.searcher import Searcher
 
         return Searcher.open(path, encoder=encoder, device=device, reranker=reranker or self._reranker, partial=partial)

@@ -74,7 +74,7 @@ def query(
     wish = _wish(rerank, min_probability=min_probability, cut="auto" if cut else None, budget_ms=budget_ms)
     more: list[dict[str, Any]] = []
     conditions = _conditions(where)
-    given = {"reranker": reranker, "partial": partial or None, "model": model, "filtered": bool(where) or None}
+    given = {"reranker": reranker, "partial": partial or None, "model": model}
     named = {name: value for name, value in given.items() if value is not None}
     with ctx.obj.open(chosen_indexes(index, ctx.obj), device=device.value, **named) as searcher:
         hits = _search(searcher, text, image, k=top, to=to.value, threshold=threshold, rerank=wish, **conditions)

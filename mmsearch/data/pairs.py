@@ -42,7 +42,9 @@ def read_pairs(
         table = format or formats.sniff(absolute)
         if table is None:
             expected = f"a folder or a table ({', '.join(formats.names())})"
-            raise InputError(path, expected=expected, got=os.path.basename(path), do="Give it the ending of its format.")
+            raise InputError(
+                path, expected=expected, got=os.path.basename(path), do="Give it the ending of its format."
+            )
         pairs = _from_table(absolute, table, on_skip)
     else:
         raise InputError(path, expected="a folder or a table", got="no such path", do="Check the path.")

@@ -35,6 +35,7 @@ from mmsearch.types import (
     Source,
     Stamp,
 )
+from mmsearch.where import Where
 
 
 class ItemState(StrEnum):
@@ -219,6 +220,10 @@ class Snapshot(Protocol):
 
     def alive_rows(self, modality: Modality) -> Rows:
         """Sorted rows of items that are there. (n,) int64."""
+        ...
+
+    def rows_where(self, modality: Modality, where: Where) -> Rows:
+        """Sorted rows of items that fulfil all conditions. (n,) int64."""
         ...
 
     def count(self, modality: Modality) -> int:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mmsearch.errors import UsageError
 from mmsearch.store.base import Derived, ItemState, Known, Located, Snapshot
 from mmsearch.types import Embeddings, Modality, ModelIdentity, Rows
+from mmsearch.where import Where
 
 T = TypeVar("T")
 
@@ -68,6 +69,10 @@ class ShardedSnapshot:
     def alive_rows(self, modality: Modality) -> Rows:
         """Sorted rows of items that are there, those of hidden items included. (n,) int64."""
         return self._joined(lambda part: part.alive_rows(modality))
+
+    def rows_where(self, modality: Modality, where: Where) -> Rows:
+        """Sorted rows of items that fulfil all conditions. (n,) int64."""
+        return self._joined(lambda part: part.rows_where(modality, where))
 
     def count(self, modality: Modality) -> int:
         """How many rows are alive, those of hidden items included."""

@@ -36,6 +36,7 @@ from mmsearch.store.sqlite import (
 )
 from mmsearch.store.vectors import VectorFile
 from mmsearch.types import Embeddings, Modality, ModelIdentity, Rows
+from mmsearch.where import Where
 
 _TRIES = 5
 _PAGE = 1000
@@ -145,6 +146,12 @@ class DirectorySnapshot:
         """Sorted rows that must not be returned. (n,) int64."""
         found = self.execute("SELECT row FROM dead WHERE is_text = ? ORDER BY row", (is_text(modality),))
         return np.fromiter((row for (row,) in found), np.int64, len(found))
+
+    def rows_where(self, modality: Modality, where: Where) -> Rows:
+        """Sorted rows of that modality whose items fulfil all conditions. (n,) int64."""
+        from mmsearch.store.listing import rows_where
+
+        return rows_where(self, modality, where)
 
     def alive_rows(self, modality: Modality) -> Rows:
         """Sorted rows of items that are there. (n,) int64."""
