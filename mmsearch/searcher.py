@@ -30,7 +30,7 @@ from mmsearch.similarity import check_embeddings
 from mmsearch.store.directory import IndexStore
 from mmsearch.types import Embeddings, Hit, Modality, ModelIdentity, Preprocessing
 from mmsearch.view import View as View
-from mmsearch.where import Where
+from mmsearch.where import Where, conditions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -209,6 +209,7 @@ class Searcher:
     ) -> Hits:
         """First stage, and the second where it is asked for and there is one."""
         row = check_embeddings(vector.reshape(1, -1), dim=self._index.model.dim, where="query vector")
+        where = conditions(where)
         wish = asked.rerank
         more: list[str] = []
         with self._viewing() as view:

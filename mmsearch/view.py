@@ -3,8 +3,8 @@
 Decisions:
 - Items whose file is not there any more are never shown: the search widens until k hits are there or the index is
   exhausted.
-- Conditions on metadata are the rows that may be returned: they are inside the search, however few they leave. The last
-  few are remembered for as long as the generation is.
+- Conditions on metadata are the rows that may be returned: they are inside the search, however few they leave. Rows of
+  the last few are remembered as long as the generation is looked at.
 - What is opened for a generation is opened by the first search that needs it, and closed with the generation.
 """
 
@@ -27,7 +27,8 @@ from mmsearch.where import Where
 if TYPE_CHECKING:
     from mmsearch.evidence import HoldsTokens
 
-_REMEMBERED = 8
+_REMEMBERED, _ROWS_REMEMBERED = 16, 4_000_000
+"""Conditions whose rows are remembered, and how many rows in all: 32 MB."""
 Found: TypeAlias = tuple[Located, float]
 """What a row stands for, and its cosine with the query."""
 
@@ -112,9 +113,9 @@ class View:
         if found is None:
             found = self.snapshot.rows_where(modality, where)
             with self._lock:
-                if len(self._allowed) >= _REMEMBERED:
-                    self._allowed.clear()
                 self._allowed[key] = found
+                while len(self._allowed) > _REMEMBERED or sum(map(len, self._allowed.values())) > _ROWS_REMEMBERED:
+                    del self._allowed[next(iter(self._allowed))]  # the oldest; one that is too large is not kept
         return found
 
     def ranked(

@@ -134,6 +134,11 @@ def test_what_is_filtered_is_re_ranked(tmp_path):
             alike = searcher.search_image(halves("red", "blue"), k=5, where=recent)
             assert set(names(alike)) == {"white-black", "green-black"}
             assert not searcher.search_text("red", rerank=8, where=(parse_condition("year>=2030"),))
+            made = (parse_condition(one) for one in ["year<=2000"])  # used up by whoever looks first
+            assert names(searcher.search_text("red", k=3, to="any", where=made)) == ["red-blue"]
+            for wrong in ("year>=2020", parse_condition("year>=2020"), ["year>=2020"]):
+                with pytest.raises(UsageError, match="a tuple of conditions"):
+                    searcher.search_text("red", where=wrong)
 
 
 def test_without_tokens_a_named_depth_reads_the_files_and_auto_reads_none(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmsearch.errors import IndexDamagedError
-from mmsearch.index.base import NeighbourIndex, check_k, merged, padded
+from mmsearch.index.base import NeighbourIndex, ascending, check_k, merged, padded
 from mmsearch.index.exact import ExactIndex
 from mmsearch.index.layouts import FLAT
 from mmsearch.similarity import check_embeddings
@@ -172,12 +172,15 @@ class StoredIndex:
         check_k(k, len(queries))
         if excluded is not None and self._parts:
             allowed = self._others(excluded) if allowed is None else np.setdiff1d(allowed, excluded)
-        wanted = None if allowed is None else np.setdiff1d(np.asarray(allowed, np.int64), self._dead)
+        wanted = None if allowed is None else self._alive(ascending(allowed))
         found = [self._search_part(number, queries, k, wanted) for number in range(len(self._parts))]
         if not found:
             return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
         scores, rows = merged(found, k) if len(found) > 1 else padded(*found[0], k)
         return np.where(rows < 0, -np.inf, np.clip(scores, -1.0, 1.0)).astype(np.float32), rows
+
+    def _alive(self, rows: Rows) -> Rows:
+        return rows[~np.isin(rows, self._dead, assume_unique=True)] if len(self._dead) else rows
 
     def _others(self, excluded: Rows) -> Rows:
         return np.setdiff1d(np.concatenate([positions.all() for positions, _ in self._parts]), excluded)

@@ -13,19 +13,17 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mmsearch.data.remote import may_be_shown
 from mmsearch.errors import StoreError, UsageError
 from mmsearch.hits import Asked, Hits, hidden_note, text_answered
-from mmsearch.opened import directories
 from mmsearch.rerank.rank_fusion import merge_by_rank
 from mmsearch.rerank.request import Rerank, asked_for, no_probabilities
 from mmsearch.scale.engine import Answer, Engine, open_engine, refuse_other_model
 from mmsearch.similarity import check_embeddings
 from mmsearch.types import Embeddings, Hit, Item, Modality, ModelIdentity, Preprocessing
-from mmsearch.where import Where
+from mmsearch.where import Where, conditions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,14 +147,14 @@ class EngineSearcher:
     def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> Asked:
         """The search, checked; `UsageError` for a second stage that "auto" may not leave out."""
         if rerank.needs_probabilities:
-            do = "Search an index directory, without --where."
-            raise no_probabilities("an engine or a filter, which knows no patch tokens", do=do)
+            raise no_probabilities("an engine, which keeps no patch tokens", do="Search an index directory.")
         if rerank.depth and not rerank.is_auto:
             raise _first_stage_only(self._engine.where)
         return Asked(k, to, threshold, rerank)
 
     def _search(self, vector: Embeddings, asked: Asked, *, where: Where) -> Hits:
         row = check_embeddings(vector.reshape(1, -1), dim=self.model.dim, where="query vector")
+        where = conditions(where)
         kinds = list(Modality) if asked.to == "any" else [Modality(asked.to)]
         missing: dict[str, None] = {}
         lists, hidden = [], 0
@@ -207,21 +205,8 @@ def _is_there(item: Item) -> bool:
     return item.path is None or may_be_shown(item.path)
 
 
-def address_of(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:
-    """The address of an engine: itself, or of an index directory that is searched as one. Raises `UsageError`."""
-    if isinstance(path, str) and "://" in path:
-        return path
-    paths = directories([path] if isinstance(path, str | os.PathLike) else path)
-    if len(paths) != 1:
-        raise UsageError(
-            "index", expected="one index directory, or an address", got=f"{len(paths)} of them",
-            do="Filters over several: merge them, serve them (mmsearch serve-shards) or push them to an engine.",
-        )  # fmt: skip
-    return Path(os.path.abspath(paths[0])).as_uri()
-
-
 def _first_stage_only(where: str) -> UsageError:
     return UsageError(
-        "rerank", expected="off or auto where an engine is searched or rows are filtered", got=where,
-        do="Re-ranking reads patch tokens, which lie in an index directory: search that one, without --where.",
+        "rerank", expected="off or auto where an engine is searched", got=where,
+        do="Re-ranking reads patch tokens, which lie in an index directory: search that one.",
     )  # fmt: skip
