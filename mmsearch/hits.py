@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 from mmsearch.errors import UsageError
 from mmsearch.rerank.request import MAX_DEPTH, Rerank
 from mmsearch.types import Embeddings, Hit
+from mmsearch.where import Where
 
 if TYPE_CHECKING:
     from mmsearch.encoder import Encodes
@@ -46,12 +47,16 @@ class Hits(Sequence[Hit]):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One search, checked. `k` of 1..10000, with a depth of re-ranking 1..1000; see `Searcher.search_text`."""
+    """One search, checked. `k` of 1..10000, with a depth of re-ranking 1..1000; see `Searcher.search_text`.
+
+    `where`: as `mmsearch.where.conditions` gives them.
+    """
 
     k: int
     to: str
     threshold: float | None
     rerank: Rerank
+    where: Where = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= MAX_K:

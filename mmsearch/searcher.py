@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -171,8 +171,8 @@ class Searcher:
         Raises `UsageError` for an empty text, k outside 1..10000, an unknown `to` or conditions on probabilities that
         nobody knows, `ModelError` where a depth is named and the model has no re-ranker.
         """
-        asked = Asked(k, to, threshold, asked_for(rerank))
-        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, where, text=text))
+        asked = Asked(k, to, threshold, asked_for(rerank), conditions(where))
+        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, text=text))
 
     def search_image(
         self,
@@ -189,27 +189,26 @@ class Searcher:
         `rerank`, `where`: as for `search_text`; captions can be re-ranked, pictures like a picture cannot.
         Raises `ImageError` when a file cannot be read, otherwise as `search_text`.
         """
-        asked = Asked(k, to, threshold, asked_for(rerank))
+        asked = Asked(k, to, threshold, asked_for(rerank), conditions(where))
         pixels = None
         if asked.rerank.depth and to == "text":
             from mmsearch.encoder import to_pixels
 
             image = to_pixels(image, self.preprocessing)  # decoded once: both stages read it
             pixels = image[None]
-        return self._search(self.encoder.encode_images([image]), asked, where, pixels=pixels)
+        return self._search(self.encoder.encode_images([image]), asked, pixels=pixels)
 
     def search_vector(
         self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None, where: Where = ()
     ) -> Hits:
         """The k best hits for one unit row, (1, d) or (d,), of this index's model. Never re-ranked: it has no words."""
-        return self._search(vector, Asked(k, to, threshold, Rerank(0)), where)
+        return self._search(vector, Asked(k, to, threshold, Rerank(0), conditions(where)))
 
     def _search(
-        self, vector: Embeddings, asked: Asked, where: Where, *, text: str | None = None, pixels: Pixels | None = None
+        self, vector: Embeddings, asked: Asked, *, text: str | None = None, pixels: Pixels | None = None
     ) -> Hits:
         """First stage, and the second where it is asked for and there is one."""
         row = check_embeddings(vector.reshape(1, -1), dim=self._index.model.dim, where="query vector")
-        where = conditions(where)
         wish = asked.rerank
         more: list[str] = []
         with self._viewing() as view:
@@ -218,11 +217,11 @@ class Searcher:
                 from mmsearch.evidence import Question
 
                 question = Question(row, text, pixels)
-                hits, notes = _first_stage(view, row, asked, where, width=wish.competing(asked.k))
+                hits, notes = _first_stage(view, row, asked, width=wish.competing(asked.k))
                 found = stage.reorder(question, hits, snapshot=view.snapshot, to=asked.to, k=asked.k, asked=wish)
                 if found is not None:
                     return Hits(found.hits, notes=(*view.notes, *notes, *found.notes), partial=view.partial)
-            hits, notes = _first_stage(view, row, asked, where, width=asked.k)
+            hits, notes = _first_stage(view, row, asked, width=asked.k)
             return Hits(hits, notes=(*view.notes, *notes, *more), partial=view.partial)
 
     @contextlib.contextmanager
@@ -267,24 +266,25 @@ class Searcher:
         if self._reranker is not None or self._reranker_of is not None:
             return True
         from mmsearch.rerank.present import has_reranker
-        from mmsearch.towers.locate import locate
 
-        try:
-            return has_reranker(locate(self._model_with_reranker())[0])
-        except MmsearchError:
-            return False  # a model that is handed over and lies in no directory
+        return self._model_says(has_reranker, otherwise=False)
 
     def _reads_tokens(self) -> bool:
         """Whether the re-ranker, if there is one, reads patch tokens; nothing is loaded to find out."""
         if self._reranker is not None:
             return self._reranker.reads_tokens
         from mmsearch.rerank.present import reads_tokens
+
+        return self._model_says(reads_tokens, otherwise=True)
+
+    def _model_says(self, question: Callable[[Path], bool], *, otherwise: bool) -> bool:
+        """The answer of the directory with the re-ranker; `otherwise`: of a model handed over that lies in none."""
         from mmsearch.towers.locate import locate
 
         try:
-            return reads_tokens(locate(self._model_with_reranker())[0])
+            return question(locate(self._model_with_reranker())[0])
         except MmsearchError:
-            return True
+            return otherwise
 
     def _model_with_reranker(self) -> str | Path | None:
         if self._reranker_of is not None:
@@ -293,13 +293,15 @@ class Searcher:
         return None if named is None else str(named)
 
 
-def _first_stage(view: View, row: Embeddings, asked: Asked, where: Where, *, width: int) -> tuple[list[Hit], list[str]]:
+def _first_stage(view: View, row: Embeddings, asked: Asked, *, width: int) -> tuple[list[Hit], list[str]]:
     """The `width` best hits by cosine, and notes."""
     if asked.to == "any":
-        lists = [view.ranked(row, modality, width, threshold=asked.threshold, where=where) for modality in Modality]
+        lists = [
+            view.ranked(row, modality, width, threshold=asked.threshold, where=asked.where) for modality in Modality
+        ]
         hits, hidden = merge_by_rank([found for found, _ in lists], width), sum(h for _, h in lists)
     else:
-        hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold, where=where)
+        hits, hidden = view.ranked(row, Modality(asked.to), width, threshold=asked.threshold, where=asked.where)
     notes = hidden_note(hidden)
     if asked.to == "text" and not view.snapshot.count(Modality.TEXT):
         notes.append("this index holds no captions")

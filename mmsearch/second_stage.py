@@ -61,10 +61,10 @@ def warmed(reranker: Reranks, *, of_text: bool) -> Reranks:
 
     `of_text`: one text and pictures, else one picture and captions.
     """
-    size, one = reranker.preprocessing.size, np.arange(2) * 0
+    size = reranker.preprocessing.size
     rows = np.zeros((2, reranker.towers.dim), np.float32)
     patches = reranker.read_pixels(np.zeros((2, size, size, 3), np.uint8)) if reranker.reads_tokens else None
-    pairs = np.stack([one, np.arange(2)] if of_text else [np.arange(2), one], axis=1)
+    pairs = np.array([[0, 0], [0, 1]] if of_text else [[0, 0], [1, 0]], np.int64)
     reranker.logits(reranker.read_texts(["a", "b"]), rows, patches, rows, pairs=pairs)
     rarity(rows[:1], reranker.caption_bank if of_text else reranker.picture_bank)
     return reranker

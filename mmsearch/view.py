@@ -3,8 +3,7 @@
 Decisions:
 - Items whose file is not there any more are never shown: the search widens until k hits are there or the index is
   exhausted.
-- Conditions on metadata are the rows that may be returned: they are inside the search, however few they leave. Rows of
-  the last few are remembered as long as the generation is looked at.
+- Conditions on metadata are the rows that may be returned: they are inside the search, however few they leave.
 - What is opened for a generation is opened by the first search that needs it, and closed with the generation.
 """
 
@@ -20,15 +19,14 @@ from mmsearch.errors import UsageError
 from mmsearch.index.base import NeighbourIndex
 from mmsearch.index.derived import neighbours
 from mmsearch.store.base import Located, Snapshot
+from mmsearch.store.filtered import FilteredRows
 from mmsearch.store.tokens import TOKENS_NAME, TokenStore
-from mmsearch.types import Embeddings, Hit, Modality, Rows
+from mmsearch.types import Embeddings, Hit, Modality
 from mmsearch.where import Where
 
 if TYPE_CHECKING:
     from mmsearch.evidence import HoldsTokens
 
-_REMEMBERED, _ROWS_REMEMBERED = 16, 4_000_000
-"""Conditions whose rows are remembered, and how many rows in all: 32 MB."""
 Found: TypeAlias = tuple[Located, float]
 """What a row stands for, and its cosine with the query."""
 
@@ -48,7 +46,7 @@ class View:
         self._lock = threading.Lock()
         self._indexes: dict[Modality, NeighbourIndex] = {}
         self._tokens: dict[str, TokenStore] = {}
-        self._allowed: dict[tuple[Modality, str], Rows] = {}
+        self._filtered = FilteredRows(snapshot)
         self._inside, self._retired = 0, False
 
     def enter(self) -> None:
@@ -105,19 +103,6 @@ class View:
         """Those that may be shown beside each other: here, all."""
         return found
 
-    def _rows_where(self, modality: Modality, where: Where) -> Rows:
-        """Rows of the items that fulfil all conditions."""
-        key = modality, repr(where)  # not the conditions themselves: in Python 1 equals True
-        with self._lock:
-            found = self._allowed.get(key)
-        if found is None:
-            found = self.snapshot.rows_where(modality, where)
-            with self._lock:
-                self._allowed[key] = found
-                while len(self._allowed) > _REMEMBERED or sum(map(len, self._allowed.values())) > _ROWS_REMEMBERED:
-                    del self._allowed[next(iter(self._allowed))]  # the oldest; one that is too large is not kept
-        return found
-
     def ranked(
         self, query: Embeddings, modality: Modality, k: int, *, threshold: float | None, where: Where = ()
     ) -> tuple[list[Hit], int]:
@@ -125,7 +110,7 @@ class View:
 
         `where`: only items that fulfil all conditions.
         """
-        index, allowed = self._index(modality), self._rows_where(modality, where) if where else None
+        index, allowed = self._index(modality), self._filtered.rows(modality, where) if where else None
         available = self.snapshot.count(modality) if allowed is None else len(allowed)
         width = min(k, available)
         while width:

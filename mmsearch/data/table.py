@@ -14,6 +14,7 @@ Decisions:
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,14 +148,19 @@ def _usable(header: Iterable[str]) -> int:
     return len(names & set(IMAGE_COLUMNS)) + len(caption_columns(names))
 
 
-def caption_columns(names: Iterable[str]) -> set[str]:
+def caption_columns(names: Iterable[str]) -> frozenset[str]:
     """Those of the names, in lower case, that hold captions.
 
     Known values: caption, comment -> caption; image, comment, alt -> comment.
     """
-    there = set(names)
-    found = {name for name in there if _CAPTION.fullmatch(name)}
-    return found or set([name for name in ELSE_CAPTIONS if name in there][:1])
+    return _captions_among(tuple(names))
+
+
+@functools.lru_cache(maxsize=4)
+def _captions_among(names: tuple[str, ...]) -> frozenset[str]:
+    """Remembered: rows of one table have the same few headers."""
+    found = frozenset(name for name in names if _CAPTION.fullmatch(name))
+    return found or frozenset([name for name in ELSE_CAPTIONS if name in names][:1])
 
 
 def is_table(path: str) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mmsearch.evidence import Reranks
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 MOST_STRANGERS = 1000
 TEXTS_AT_ONCE = 32
@@ -112,9 +114,7 @@ def _captions_of(path: str | Path) -> tuple[str, ...]:
     return tuple(captions[place] for place in drawn)
 
 
-def _answers(
-    asked: Encoded, patches: Patches | None, *, reranker: Reranks, depth: int, progress: Progress
-) -> NDArray[np.float64]:
+def _answers(asked: Encoded, patches: Patches | None, *, reranker: Reranks, depth: int, progress: Progress) -> Floats:
     """(m, depth) final scores of the best pictures of each caption."""
     found = best_candidates(asked.text_rows, asked.image_rows, depth)
     numbers = _numbers(found.rows, len(asked.image_rows), queries_are_texts=True)
@@ -122,12 +122,16 @@ def _answers(
     progress.start(len(every), what="asking strange captions", unit="pairs")
     logits = _logits(every, asked, patches, reranker=reranker, progress=progress)
     rarity = rarity_of(asked.image_rows, reranker.caption_bank)
-    evidence = Evidence.of(
-        cosine=np.clip(found.cosines.ravel(), -1, 1),
-        logit=logits[np.searchsorted(every, numbers.ravel())],
-        rarity=rarity[found.rows.ravel()],
-    )
-    return reranker.scoring.final(evidence).reshape(numbers.shape)
+    final = partial(_final, every=every, logits=logits, reranker=reranker)
+    return final(numbers.ravel(), found.cosines.ravel(), rarity[found.rows.ravel()]).reshape(numbers.shape)
+
+
+def _final(
+    numbers: Ints, cosines: Floats, rarity: Floats, *, every: Ints, logits: NDArray[np.float32], reranker: Reranks
+) -> Floats:
+    """(m,) final scores of pairs by their numbers; `logits` (n,) are those of the sorted numbers `every`."""
+    own = logits[np.searchsorted(every, numbers)]
+    return reranker.scoring.final(Evidence.of(cosine=np.clip(cosines, -1, 1), logit=own, rarity=rarity))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,10 +142,10 @@ class Scored:
 
     to_image: Candidates
     to_text: Candidates
-    true: NDArray[np.float64]
+    true: Floats
 
 
-def _probabilities(found: Scored, *, text_groups: Ints, image_groups: Ints) -> NDArray[np.float64]:
+def _probabilities(found: Scored, *, text_groups: Ints, image_groups: Ints) -> Floats:
     """(m,) of each caption with one hard rival of its picture; NaN where it has none."""
     places = hard_rivals(found.to_image, text_groups=text_groups, image_groups=image_groups)
     final = np.asarray(found.to_image.final)[np.arange(len(places)), places]
@@ -159,11 +163,9 @@ def scored(encoded: Encoded, patches: Patches | None, *, reranker: Reranks, dept
     progress.start(len(every), what="re-ranking", unit="pairs")
     logits = _logits(every, encoded, patches, reranker=reranker, progress=progress)
 
-    def final(number: Ints, cosines: NDArray[np.float64], rarity: NDArray[np.float64]) -> NDArray[np.float64]:
-        own = logits[np.searchsorted(every, number)]
-        return reranker.scoring.final(Evidence.of(cosine=np.clip(cosines, -1, 1), logit=own, rarity=rarity))
+    final = partial(_final, every=every, logits=logits, reranker=reranker)
 
-    def with_final(found: Candidates, number: Ints, rarity: NDArray[np.float64]) -> Candidates:
+    def with_final(found: Candidates, number: Ints, rarity: Floats) -> Candidates:
         own = final(number.ravel(), found.cosines.ravel(), rarity[found.rows.ravel()])
         return replace(found, final=own.reshape(number.shape))
 

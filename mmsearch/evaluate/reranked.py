@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmsearch.errors import UsageError
 from mmsearch.evaluate.metrics import Floats, Ints, Ranked
@@ -42,6 +43,12 @@ def best_candidates(queries: Embeddings, candidates: Embeddings, n: int, *, bloc
     return Candidates(
         np.concatenate([rows for _, rows in parts]), np.concatenate([scores for scores, _ in parts]).astype(np.float64)
     )
+
+
+def drawn_apart(apart: NDArray[np.bool_], draw: np.random.Generator) -> Ints:
+    """(q, n) which candidates may be drawn -> (q,) the place of one of them, any alike; -1 where there is none."""
+    weight = np.where(apart, draw.random(apart.shape), -1.0)
+    return np.where(apart.any(axis=1), weight.argmax(axis=1), -1)
 
 
 def reranked(first: Ranked, candidates: Candidates, *, query_groups: Ints, candidate_groups: Ints) -> Ranked:

@@ -22,7 +22,7 @@ from mmsearch.evaluate.comparison import Comparison
 from mmsearch.evaluate.matching import Matching, evaluate_matching
 from mmsearch.evaluate.metrics import Floats, Ints, interval
 from mmsearch.evaluate.report import Evaluation
-from mmsearch.evaluate.reranked import Candidates
+from mmsearch.evaluate.reranked import Candidates, drawn_apart
 from mmsearch.rerank.cutoff import Cutoff
 
 
@@ -82,9 +82,7 @@ class Stages(Comparison[Evaluation]):
 
 def hard_rivals(found: Candidates, *, text_groups: Ints, image_groups: Ints, seed: int = 0) -> Ints:
     """(m,) for each caption the place in its list of `found` of a picture of another group, by `seed`; -1: none."""
-    apart = image_groups[found.rows] != text_groups[:, None]
-    drawn = np.where(apart, np.random.default_rng(seed).random(apart.shape), -1.0)
-    return np.where(apart.any(axis=1), drawn.argmax(axis=1), -1)
+    return drawn_apart(image_groups[found.rows] != text_groups[:, None], np.random.default_rng(seed))
 
 
 def matched(true: Floats, false: Floats, *, owners: Ints, model: str) -> Matching | None:

@@ -121,8 +121,8 @@ class EngineSearcher:
         where: Where = (),
     ) -> Hits:
         """As `Searcher.search_text`; `where`: only items that fulfil all conditions. A depth in `rerank` is refused."""
-        asked = self._asked(k, to, threshold, asked_for(rerank))
-        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked, where=where))
+        asked = self._asked(k, to, threshold, asked_for(rerank), where)
+        return text_answered(text, lambda: self.encoder, lambda row: self._search(row, asked))
 
     def search_image(
         self,
@@ -135,31 +135,30 @@ class EngineSearcher:
         where: Where = (),
     ) -> Hits:
         """As `Searcher.search_image`; `where` and `rerank` as for `search_text`."""
-        asked = self._asked(k, to, threshold, asked_for(rerank))
-        return self._search(self.encoder.encode_images([image]), asked, where=where)
+        asked = self._asked(k, to, threshold, asked_for(rerank), where)
+        return self._search(self.encoder.encode_images([image]), asked)
 
     def search_vector(
         self, vector: Embeddings, *, k: int = 10, to: str = "image", threshold: float | None = None, where: Where = ()
     ) -> Hits:
         """The k best hits for one unit row, (1, d) or (d,), of this collection's model."""
-        return self._search(vector, self._asked(k, to, threshold, Rerank(0)), where=where)
+        return self._search(vector, self._asked(k, to, threshold, Rerank(0), where))
 
-    def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank) -> Asked:
+    def _asked(self, k: int, to: str, threshold: float | None, rerank: Rerank, where: Where) -> Asked:
         """The search, checked; `UsageError` for a second stage that "auto" may not leave out."""
         if rerank.needs_probabilities:
             raise no_probabilities("an engine, which keeps no patch tokens", do="Search an index directory.")
         if rerank.depth and not rerank.is_auto:
             raise _first_stage_only(self._engine.where)
-        return Asked(k, to, threshold, rerank)
+        return Asked(k, to, threshold, rerank, conditions(where))
 
-    def _search(self, vector: Embeddings, asked: Asked, *, where: Where) -> Hits:
+    def _search(self, vector: Embeddings, asked: Asked) -> Hits:
         row = check_embeddings(vector.reshape(1, -1), dim=self.model.dim, where="query vector")
-        where = conditions(where)
         kinds = list(Modality) if asked.to == "any" else [Modality(asked.to)]
         missing: dict[str, None] = {}
         lists, hidden = [], 0
         for modality in kinds:
-            hits, left_out = self._ranked(row, asked, modality=modality, where=where, missing=missing)
+            hits, left_out = self._ranked(row, asked, modality=modality, missing=missing)
             lists.append(hits)
             hidden += left_out
         notes = [*(f"partial: {one}" for one in missing), *hidden_note(hidden)]
@@ -167,13 +166,13 @@ class EngineSearcher:
         return Hits(best, notes=notes, partial=bool(missing))
 
     def _ranked(
-        self, row: Embeddings, asked: Asked, *, modality: Modality, where: Where, missing: dict[str, None]
+        self, row: Embeddings, asked: Asked, *, modality: Modality, missing: dict[str, None]
     ) -> tuple[list[Hit], int]:
         """Hits of one modality, and how many were left out because their files are gone."""
         k = asked.k
         width = k + _SPARE if self._engine.files_are_here else k
         while True:
-            answer = self._engine.search(row, width, modality=modality, where=where)
+            answer = self._engine.search(row, width, modality=modality, where=asked.where)
             missing |= dict.fromkeys(answer.missing)
             items = self._engine.fetch(list(dict.fromkeys(answer.ids[0])))
             missing |= dict.fromkeys(items.missing)

@@ -27,6 +27,7 @@ from mmsearch.similarity import check_embeddings
 from mmsearch.store import listing
 from mmsearch.store.base import Batch, Upsert
 from mmsearch.store.directory import IndexStore
+from mmsearch.store.filtered import FilteredRows
 from mmsearch.store.manifest import MANIFEST_NAME
 from mmsearch.store.settings import PUSHED
 from mmsearch.store.snapshot import DirectorySnapshot
@@ -76,7 +77,7 @@ class LocalEngine:
         self._snapshot: DirectorySnapshot = self._store.snapshot()
         self._model = self._snapshot.model
         self._indexes: dict[Modality, NeighbourIndex] = {}
-        self._allowed: dict[tuple[Modality, str], Rows] = {}
+        self._filtered = FilteredRows(self._snapshot)
 
     def _manifest_time(self) -> int:
         try:
@@ -123,7 +124,7 @@ class LocalEngine:
             queries = check_embeddings(queries, dim=self._store.dim, where="query")
             check_k(k, len(queries))
             self._look_again()
-            allowed = self._rows_where(modality, where) if where else None
+            allowed = self._filtered.rows(modality, where) if where else None
             width = min(k + _SPARE, self._snapshot.count(modality) if allowed is None else len(allowed))
             if not width:
                 return answer_of([[] for _ in queries], k)
@@ -141,15 +142,6 @@ class LocalEngine:
     def _parts(self, rows: Rows) -> list[int]:
         found = listing.parts_of(self._snapshot, rows)
         return [found[int(row)] for row in rows]
-
-    def _rows_where(self, modality: Modality, where: Where) -> Rows:
-        """Rows that a filter leaves; remembered for as long as the generation is looked at."""
-        key = modality, repr(where)  # not the conditions themselves: in Python 1 equals True
-        if key not in self._allowed:
-            if len(self._allowed) >= _SPARE:
-                self._allowed.clear()
-            self._allowed[key] = listing.rows_where(self._snapshot, modality, where)
-        return self._allowed[key]
 
     def _index(self, modality: Modality) -> NeighbourIndex:
         if modality not in self._indexes:

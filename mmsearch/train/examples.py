@@ -64,13 +64,12 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A pair on its way, the `row`th of source `origin`. `key` places its group, in [0, 2**64), one for all of it."""
+    """A pair of source `origin` on its way: `key` places its group, in [0, 2**64), one for all pairs of the group."""
 
     pair: Pair
     repeat: int
     key: int
     origin: int
-    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +105,9 @@ def read_examples(
         where = ", ".join(source.path for source in sources)
         raise InputError(where, expected="pairs to train on", got="only val", do="Name a table of them as well.")
     share = 0.0 if any(one.val and not one.train for one in read) else val_share
-    val = [pair for one in read for pair in one.val]
     others = [pair for one in read for pair in one.others]
-    stated = [member for one in read for member in one.train if member.pair.split is not None]
-    unstated = [member for one in read for member in one.train if member.pair.split is None]
-    unstated, said = _follow(unstated, val)
-    unstated, left_alone = _follow(unstated, others)
-    val.extend(said)
-    fixed = [member.pair for one in read if one.val for member in one.train]
-    divided: list[_Member] = []
-    drawn: list[Pair] = []
-    for number, one in enumerate(read):
-        own = [member for member in (*stated, *unstated) if member.origin == number]
-        kept, held_out = (own, []) if one.val else _hold_out(own, share=share, limit=limit, fixed=fixed)
-        divided.extend(kept)
-        drawn.extend(held_out)
-    divided, more = _follow(divided, drawn)
-    val.extend([*drawn, *more])
-    train = _limited(sorted(divided, key=lambda member: (member.origin, member.row)), limit)
+    train, val, left_alone = _divided(read, others, share=share, limit=limit)
+    train = _limited(train, limit)
     pairs = [member.pair for member in train]
     _check_contrast(pairs, where=", ".join(source.path for source in sources))
     _check_leak(pairs, val, what="to measure on")
@@ -157,7 +141,7 @@ def _read_source(source: DataSource, number: int, *, seed: int, skipped: list[Sk
         named = pair if pair.group == pair.image else replace(pair, group=f"{base}#{pair.group}")
         if split in (wanted, None):
             key = _key(named.group, base=base, seed=seed)
-            found.train.append(_Member(replace(named, split=split), source.repeat, key, number, len(found.train)))
+            found.train.append(_Member(replace(named, split=split), source.repeat, key, number))
         elif split == measured:
             found.val.append(named)
         else:
@@ -196,13 +180,39 @@ def _hold_out(
     )
 
 
-def _follow(members: list[_Member], val: Sequence[Pair]) -> tuple[list[_Member], list[Pair]]:
-    """(train, val): whoever has a picture or a group of what is held out is held out too, and so on from there."""
+def _divided(
+    read: Sequence[_Read], others: Sequence[Pair], *, share: float, limit: int | None
+) -> tuple[list[_Member], list[Pair], list[Pair]]:
+    """(train, val, left alone) of all sources, in their order."""
+    val = [pair for one in read for pair in one.val]
+    members = [member for one in read for member in one.train]
+    fixed = [member.pair for one in read if one.val for member in one.train]
+    members, said = _follow(members, val, stated=False)
+    members, left_alone = _follow(members, others, stated=False)
+    train: list[_Member] = []
+    drawn: list[Pair] = []
+    for number, one in enumerate(read):
+        own = [member for member in members if member.origin == number]
+        kept, held_out = (own, []) if one.val else _hold_out(own, share=share, limit=limit, fixed=fixed)
+        train.extend(kept)
+        drawn.extend(held_out)
+    train, more = _follow(train, drawn)
+    return train, [*val, *said, *drawn, *more], left_alone
+
+
+def _follow(members: list[_Member], val: Sequence[Pair], *, stated: bool = True) -> tuple[list[_Member], list[Pair]]:
+    """(train, val): whoever has a picture or a group of what is held out is held out too, and so on from there.
+
+    `stated` False: only those that name no split. Both keep their order.
+    """
     held: list[Pair] = []
     last = val
     while last:
         images, groups = {pair.image for pair in last}, {pair.group for pair in last}
-        joins = [member.pair.image in images or member.pair.group in groups for member in members]
+        joins = [
+            (stated or member.pair.split is None) and (member.pair.image in images or member.pair.group in groups)
+            for member in members
+        ]
         last = [member.pair for member, join in zip(members, joins, strict=True) if join]
         held.extend(last)
         members = [member for member, join in zip(members, joins, strict=True) if not join]

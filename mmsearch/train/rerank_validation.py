@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmsearch.evaluate.metrics import Ints
 from mmsearch.evaluate.report import Evaluation
-from mmsearch.evaluate.reranked import Candidates, best_candidates, evaluate_reranked
+from mmsearch.evaluate.reranked import Candidates, best_candidates, drawn_apart, evaluate_reranked
 from mmsearch.evaluate.rows import evaluate_rows
 from mmsearch.rerank.base import ImageSide, TextSide
 from mmsearch.rerank.model import RerankModel
@@ -144,10 +144,9 @@ class RerankValidation:
         draw = np.random.default_rng(self._seed)
 
         def drawn(pictures: Ints) -> Ints:
-            apart = held.groups[pictures] != held.groups[held.owners][:, None]
-            weight = np.where(apart, draw.random(pictures.shape), -1.0)
-            kept = np.flatnonzero(apart.any(axis=1))
-            found: Ints = kept * count + pictures[kept, weight[kept].argmax(axis=1)]
+            places = drawn_apart(held.groups[pictures] != held.groups[held.owners][:, None], draw)
+            kept = np.flatnonzero(places >= 0)
+            found: Ints = kept * count + pictures[kept, places[kept]]
             return found
 
         return drawn(self._lists[0].rows), drawn(draw.integers(count, size=(len(held.texts), _TRIES)))
