@@ -1,7 +1,8 @@
 """A picture of a run: loss, learning rate, temperature and validation hit@k over steps.
 
 Decisions:
-- It is drawn from `metrics.jsonl` alone, so that it can be drawn again at any time, also of a run that died.
+- It is drawn from `metrics.jsonl` alone, so that it can be drawn again at any time, also of a run that died. During a
+  run that is after an epoch, and seldom: short epochs would spend more time on pictures than on steps.
 - What a panel shows goes by the names in the journal; a panel without numbers is left out.
 - Losses of single batches jump: they are drawn faint, under their running mean. All else is drawn as it is.
 - Curves of one k share a colour; the directions differ by their line.
@@ -11,6 +12,7 @@ Decisions:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from mmsearch.train.journal import Line, read_journal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CURVES = "curves.png"
+_SELDOM_S = 30.0
 _WIDTH, _HEIGHT, _DPI = 11.0, 3.2, 110  # inches, inches a row of panels, dots an inch
 _ROUGH = 60  # more points than these are drawn smoothed
 _LINES = ("-", "--", ":", "-.")
@@ -68,6 +72,19 @@ def draw_curves(metrics: Path, png: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(temporary, format="png")
     temporary.replace(png)
+
+
+class LiveCurves:
+    """Draws the journal `metrics` as `curves.png` beside it while a run goes on, at most every `seconds`."""
+
+    def __init__(self, metrics: Path, *, seconds: float = _SELDOM_S) -> None:
+        self._metrics, self._seconds, self._drawn = metrics, seconds, time.monotonic()
+
+    def draw(self) -> None:
+        """Draw them if it is long enough since the last time, or since the beginning."""
+        if time.monotonic() - self._drawn >= self._seconds:
+            draw_curves(self._metrics, self._metrics.with_name(CURVES))
+            self._drawn = time.monotonic()
 
 
 Curves = dict[str, list[tuple[int, float]]]

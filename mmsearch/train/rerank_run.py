@@ -39,13 +39,13 @@ from mmsearch.rerank.scores import Scoring
 from mmsearch.towers.checkpoint import TOKENIZER, Checkpoint, is_checkpoint, load_dual_encoder
 from mmsearch.towers.locate import BEST, locate
 from mmsearch.train.bench import Bench, Silent, show
-from mmsearch.train.curves import draw_curves
+from mmsearch.train.curves import CURVES, draw_curves
 from mmsearch.train.depthwise import fast_depthwise
 from mmsearch.train.distributed import Ranks
 from mmsearch.train.encoding import Texts, TowerPass, pick_device, pick_precision
 from mmsearch.train.examples import read_examples
 from mmsearch.train.feed import PixelFeed, plain_pixels
-from mmsearch.train.journal import Journal
+from mmsearch.train.journal import METRICS, Journal
 from mmsearch.train.negatives import mine
 from mmsearch.train.pictures import Feed, KeptFeed
 from mmsearch.train.rerank_pictures import PictureReader
@@ -343,7 +343,7 @@ class _Job:
         card = card_of(bench, self.model, comparison, matching)
         self._keep(name, final=(scoring, card, bench.settings.run.graphs))
         if progress.step:
-            draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")
+            draw_curves(bench.out / METRICS, bench.out / CURVES)
         draw_reliability(probabilities, match, bench.out / RELIABILITY, title="held-out pairs")
         report = RerankReport(
             bench.out / BEST, bench.settings.rerank.fusion, parameters=sum(p.numel() for p in self.model.parameters()),

@@ -25,6 +25,7 @@ from mmsearch.rerank.base import ImageSide, TextSide
 from mmsearch.rerank.model import RerankModel
 from mmsearch.train.averaging import Average
 from mmsearch.train.batches import Ints, batches_in_epoch, plan_epoch
+from mmsearch.train.curves import LiveCurves
 from mmsearch.train.examples import Examples
 from mmsearch.train.feed import Batch, captions_of
 from mmsearch.train.journal import Journal
@@ -107,9 +108,11 @@ class RerankTrainer:
             self._judge(journal, epoch=-1)  # what is gone on with may be better than all that comes
         self.parts.watcher.start(self.steps, what="training", unit="steps")
         self.parts.watcher.advance(self.progress.step)
+        curves = LiveCurves(journal.path)
         while not self._ended():
             self._epoch(journal)
             self._close_epoch(journal)
+            curves.draw()
         self.progress.done = True
         self._save()
         path = self.parts.folder / BEST_STATE

@@ -38,7 +38,7 @@ from mmsearch.towers.locate import BEST
 from mmsearch.train.averaging import choose_share
 from mmsearch.train.bench import RUN, Bench, Silent, keep_final
 from mmsearch.train.card import card_of
-from mmsearch.train.curves import draw_curves
+from mmsearch.train.curves import CURVES, draw_curves
 from mmsearch.train.distributed import ranks_from
 from mmsearch.train.encoding import TowerPass, pick_device
 from mmsearch.train.examples import Examples, read_examples
@@ -248,7 +248,7 @@ def _finished(
                 )
         card = card_of(bench.settings, bench.examples, comparison, start=bench.start.name, share=share)
         (bench.out / BEST / "README.md").write_text(card, "utf-8")
-        draw_curves(bench.out / "metrics.jsonl", bench.out / "curves.png")
+        draw_curves(bench.out / METRICS, bench.out / CURVES)
     report = TrainReport(
         checkpoint, pairs=len(bench.examples.train), held_out=len(bench.examples.val), steps=progress.step,
         epochs=progress.epoch, best_epoch=progress.best_epoch + 1, share=share, comparison=comparison,

@@ -28,6 +28,7 @@ from mmsearch.towers.dual_encoder import MAX_LOGIT_SCALE
 from mmsearch.train.anchor_rows import AnchorRows
 from mmsearch.train.averaging import Average
 from mmsearch.train.batches import Draw, Ints, batches_in_epoch, plan_epoch
+from mmsearch.train.curves import LiveCurves
 from mmsearch.train.distributed import Ranks
 from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.examples import Examples
@@ -139,10 +140,13 @@ class Trainer:
         """From where `progress` stands to the end; the journal is the main rank's."""
         self.shop.watcher.start(self.steps, what="training", unit="steps")
         self.shop.watcher.advance(self.progress.step)
+        curves = None if journal is None else LiveCurves(journal.path)
         with self.shop.passes.running():
             while not self._ended():
                 self._epoch(journal)
                 self._close_epoch(journal)
+                if curves is not None:
+                    curves.draw()
         self.progress.done = True
         self._save()
         self._take_best()

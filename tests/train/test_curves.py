@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmsearch.errors import InputError
-from mmsearch.train.curves import PANELS, draw_curves
+from mmsearch.train.curves import PANELS, LiveCurves, draw_curves
 
 
 def metrics(directory, *lines: dict):
@@ -84,3 +84,16 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     before = pyplot.get_backend(), pyplot.get_fignums()
     drawn(tmp_path, {"step": 1, "loss": 2.0})
     assert (pyplot.get_backend(), pyplot.get_fignums()) == before
+
+
+def test_a_run_that_goes_on_is_drawn_now_and_then(tmp_path):
+    """Not after every short epoch, and with what was logged last."""
+    path = metrics(tmp_path, {"step": 1, "loss": 2.0})
+    LiveCurves(path).draw()
+    assert not (tmp_path / "curves.png").exists()
+    often = LiveCurves(path, seconds=0.0)
+    often.draw()
+    first = (tmp_path / "curves.png").read_bytes()
+    metrics(tmp_path, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0})
+    often.draw()
+    assert (tmp_path / "curves.png").read_bytes() != first
