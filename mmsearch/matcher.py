@@ -30,7 +30,7 @@ from mmsearch.data.loading import Failed, Loader
 from mmsearch.data.pairs import read_pairs
 from mmsearch.data.records import Record, locate
 from mmsearch.data.texts import OnSkip
-from mmsearch.encoder import to_pixels
+from mmsearch.encoder import file_pixels, to_pixels
 from mmsearch.errors import InputError, ModelError, UsageError
 from mmsearch.evaluate.matching import evaluate_matching
 from mmsearch.rerank.calibration import probability_of
@@ -136,9 +136,9 @@ class Matcher:
             found[part] = self._final(evidence)
         return probability_of(found)
 
-    def match_one(self, picture: os.PathLike[str], text: str) -> Match:
-        """The answer for one picture file and one text, with its parts. Raises as `match`."""
-        pixels = to_pixels(picture, self.encoder.preprocessing)
+    def match_one(self, picture: str | os.PathLike[str], text: str) -> Match:
+        """The answer for one picture, at a path or an address (`data.remote`), and one text. Raises as `match`."""
+        pixels = file_pixels(os.fspath(picture), self.encoder.preprocessing)
         evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         pair = PairToMatch(os.fspath(picture), text)
         _require(usable, [pair.image])

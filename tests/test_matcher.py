@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,6 +84,15 @@ def test_an_answer_shows_its_parts(matcher, tmp_path):
     assert given == pytest.approx(parts["log_odds"], abs=1e-5)
     assert read["probability"] == pytest.approx(1 / (1 + np.exp(-parts["log_odds"])), abs=1e-5)
     assert not matcher.match_one(path, "blue").to_json()["match"]
+
+
+def test_a_picture_may_be_named_by_an_address(matcher, tmp_path):
+    """What lies in a bucket is fetched, and answered like the same file here."""
+    (path,) = saved(tmp_path, "red")
+    fsspec.filesystem("memory").pipe("/bucket/red.png", path.read_bytes())
+    far = matcher.match_one("memory://bucket/red.png", "red")
+    assert far.probability == matcher.match_one(path, "red").probability > 0.9
+    assert far.pair.image == "memory://bucket/red.png"
 
 
 @pytest.mark.parametrize(("pictures", "texts"), [(1, ["a", "b"]), (1, "red"), (1, ["  "])])

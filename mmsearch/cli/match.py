@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,7 +48,7 @@ def match(
     if text is None:
         _many(matcher, what, threshold=threshold, batch_size=batch_size or 64, workers=workers, json=json)
     else:
-        answer = matcher.match_one(Path(what), text)
+        answer = matcher.match_one(what, text)
         _show(answer, threshold=threshold, json=json, alone=True)
         if answer.cut:
             say(f"the text is longer than {matcher.encoder.max_tokens} tokens; only its beginning was used")
