@@ -8,6 +8,9 @@ and Frome et al. 2013 (DeViSE) for text embeddings as a classifier's target.
 Decisions:
 - All classes take part, weighted by the softmax, where ConSE keeps the best few: it stays differentiable
   and exports as two plain matrix products.
+- A plain verdict that is spread over kin ("husky", "malamute") says "dog" well and no name; a sharp one the reverse.
+  With `peak` the mixture is of both: names are found, and captions lose less than with one sharper verdict
+  (recipes/README.md).
 - The names' rows are a buffer, not a parameter: they must stay what the text tower says. Whoever trains the
   text head refreshes them with `set_names`.
 """
@@ -23,10 +26,10 @@ from mmsearch.towers.config import AnchorsConfig
 
 
 class ClassNameAnchors(nn.Module):
-    """(b, w) pooled features -> (b, d): m · softmax(classifier(f)) · A, with A (classes, d) of unit rows.
+    """(b, w) pooled features -> (b, d): m · shares · A, with A (classes, d) of unit rows.
 
-    `classifier` is Linear(w, classes); `scale` is m, learned. A starts at zero: nothing is added until
-    `set_names` gave it rows.
+    shares = (1 - peak) · softmax(z) + peak · softmax(sharpness · z), z = classifier(f). `classifier` is Linear(w,
+    classes); `scale` is m, learned. A starts at zero: nothing is added until `set_names` gave it rows.
     """
 
     names: Tensor
@@ -35,11 +38,15 @@ class ClassNameAnchors(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(width, config.classes)
         self.scale = nn.Parameter(torch.tensor(float(config.scale)))
+        self.peak, self.sharpness = float(config.peak), float(config.sharpness)
         self.register_buffer("names", torch.zeros(config.classes, dim))
 
     def forward(self, features: Tensor) -> Tensor:
         """Mix the class names' rows by the classifier's verdict."""
-        shares = functional.softmax(self.classifier(features), dim=-1)  # (b, classes)
+        logits = self.classifier(features)  # (b, classes)
+        shares = functional.softmax(logits, dim=-1)
+        if self.peak:
+            shares = (1.0 - self.peak) * shares + self.peak * functional.softmax(self.sharpness * logits, dim=-1)
         mixed: Tensor = self.scale * (shares @ self.names)
         return mixed
 

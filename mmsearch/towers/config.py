@@ -59,14 +59,22 @@ class ProjectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class AnchorsConfig:
-    """Class-name anchors: how many classes, and the mixing scalar at the start."""
+    """Class-name anchors: how many classes, and the mixing scalar at the start.
+
+    `peak`: share in [0, 1] that a sharper verdict has in the mixture, one whose logits are `sharpness` times as far
+    apart: the name of what is seen stands out, and the others still say what kind of thing it is.
+    """
 
     classes: int = 1000
     scale: float = 1.0
+    peak: float = 0.0
+    sharpness: float = 4.0
 
     def __post_init__(self) -> None:
         _whole("anchor classes", self.classes, low=1, high=100_000)
         _number("anchor scale", self.scale, low=-100.0, high=100.0)
+        _number("anchor peak", self.peak, low=0.0, high=1.0)
+        _number("anchor sharpness", self.sharpness, low=1.0, high=100.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +158,8 @@ class DualEncoderConfig:
             del plain["item"]  # a model without the head is written, and identified, as before there was one
         if not self.image.mirror:
             del plain["image"]["mirror"]
+        if self.image.anchors is not None and not self.image.anchors.peak:
+            del plain["image"]["anchors"]["peak"], plain["image"]["anchors"]["sharpness"]
         return plain
 
     @classmethod

@@ -11,8 +11,8 @@ Decisions:
 - The reference is a copy of the stages that learn, run without a graph; frozen stages are shared.
 - Classes are taught by their usual name alone and in several sentences, one drawn for each batch: a search says one
   name, in any words.
-- The names' logit_scale is a little below that of trained towers. A higher one is content with smaller margins, and
-  finds fewer names (recipes/README.md).
+- A name is taught until it is a little ahead of the others (a hinge), not as a distribution: what is found already is
+  left to the captions. At the same cost in hit@k more names are found (recipes/README.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from mmsearch.train.encoding import Texts, TowerPass
 from mmsearch.train.prefix import FrozenPrefix
 
 _PART, _FEWEST = 8, 4
-NAMES_SCALE = 20.0
+NAMES_MARGIN = 0.02
+"""By how much, in cosine, the name of what is seen has to be ahead."""
 NAMES_SAID = ("{}", *TEMPLATES[:6])
 """What a name is said in: alone, and in the first sentences that class folders are evaluated with."""
 
@@ -95,10 +96,11 @@ class KeptClasses:
 
 
 class KeptNames:
-    """weight · mean over pictures of top · KL(verdict || softmax over classes of `NAMES_SCALE` · row · name); in nats.
+    """weight · mean over pictures of top · max(0, `NAMES_MARGIN` - row · own name + row · nearest other); in cosine.
 
-    The verdict is the classifier's on the same view, as it is now; its top is the largest share in it: a picture of
-    which it is not sure teaches little. Rows are those of the step, with its dropout. Names are said by the text tower
+    The own name is that of the class which the classifier sees in the same view, as it is now; top is the class's
+    share: a picture of which the classifier is not sure teaches little. Known value: 0 when all are found by more than
+    the margin. Rows are those of the step, with its dropout. Names are said by the text tower
     where only its head learns (`heads_only`), and follow the gradient; else they are the anchors' rows, as last said.
     `names`: the usual name of each class, in the order of the classifier. `whole`: all pictures of a batch, for a
     frozen image backbone. `chunk`: pictures at a time, 0 for all. Draws from torch's global random numbers.
@@ -124,11 +126,11 @@ class KeptNames:
         assert anchors is not None  # for the type checker
         pooled = self._passes.pooled_images(images)
         with torch.no_grad():
-            verdict = anchors.classifier(pooled).softmax(dim=-1)
+            top, seen = anchors.classifier(pooled).softmax(dim=-1).max(dim=-1, keepdim=True)  # (b, 1)
         names = anchors.names if drawn is None else self._names(drawn)
-        found = (NAMES_SCALE * self._passes.embedded(pooled) @ names.T).log_softmax(dim=-1)
-        gap = (torch.xlogy(verdict, verdict) - verdict * found).sum(dim=-1)
-        value: Tensor = (verdict.amax(dim=-1) * gap).mean()
+        found = self._passes.embedded(pooled) @ names.T  # (b, classes)
+        rival = found.scatter(1, seen, -torch.inf).amax(dim=-1, keepdim=True)
+        value: Tensor = (top * functional.relu(NAMES_MARGIN - found.gather(1, seen) + rival)).mean()
         return value
 
     def _names(self, drawn: int) -> Tensor:

@@ -54,6 +54,7 @@ class Start:
     in a checkpoint's config.json, its backbones filled from `text_weights` and `image_weights` (paths or
     "package:NAME/path"; "" for random numbers) and `tokenizer` read from a tokenizer.json.
     `anchor_prompts`: names of the anchors' classes, "imagenet", a file with one name a line, or "" to keep the rows.
+    `anchor_peak`: share of a sharper verdict in them, None as the model has it; `anchor_boost`: times their scale.
     """
 
     model: str = BUNDLED
@@ -62,6 +63,8 @@ class Start:
     image_weights: str = ""
     tokenizer: str = ""
     anchor_prompts: str = ""
+    anchor_peak: float | None = None
+    anchor_boost: float = 1.0
     item: str = ""
 
 
@@ -194,12 +197,11 @@ class TrainSettings:
     rerank: Rerank = field(default_factory=Rerank)
 
     def __post_init__(self) -> None:
+        _check_range("data", self.data, ("workers", 0, 4096), ("captions", 1, 1 << 16))
+        _check_range("start", self.start, ("anchor_peak", 0.0, 1.0), ("anchor_boost", 0.0, 100.0))
         _check_run(self.run)
         _check_objective(self.objective)
         _check_rerank(self.rerank)
-        for name, value, least in (("workers", self.data.workers or 0, 0), ("captions", self.data.captions, 1)):
-            if value < least:
-                raise UsageError(f"data.{name}", expected=f"{least} or more", got=str(value))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `settings_from` takes them."""
@@ -286,8 +288,7 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     if unknown := sorted(set(values) - known):
         raise UsageError(f"recipe, [{unknown[0]}]", expected=f"one of {', '.join(sorted(known))}", got=unknown[0])
     sources = tuple(_made(DataSource, entry, "source") for entry in _listed(values.get("source", ())))
-    made: dict[str, Any] = {"sources": sources}
-    defaults = TrainSettings()
+    made, defaults = dict[str, Any](sources=sources), TrainSettings()
     for section, cls in _SECTIONS.items():
         if section in values:
             made[section] = _made(cls, values[section], section, base=getattr(defaults, section))
@@ -344,37 +345,39 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - a type as it was 
     return type(value) is hint or (hint is float and type(value) is int)
 
 
+def _check_range(section: str, settings: object, *limits: tuple[str, float, float]) -> None:
+    """`UsageError` for the first setting that is below its least or above its most."""
+    for name, low, high in limits:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            hint = "A batch of one has nothing to contrast." if name == "batch_size" else ""
+            raise UsageError(f"{section}.{name}", expected=f"from {low} to {high}", got=str(value), do=hint)
+
+
 def _check_run(run: Run) -> None:
-    for name, low, high in (
-        ("epochs", 0, 100_000), ("batch_size", 2, 1 << 20), ("lr", 0.0, 10.0), ("weight_decay", 0.0, 10.0),
+    _check_range(
+        "run", run, ("epochs", 0, 100_000), ("batch_size", 2, 1 << 20), ("lr", 0.0, 10.0), ("weight_decay", 0.0, 10.0),
         ("warmup", 0.0, 1.0), ("floor", 0.0, 1.0), ("backbone_start", 0.0, 1.0), ("clip", 0.0, 1e6),
         ("chunk", 0, 1 << 20), ("accumulate", 1, 1 << 16), ("feature_dropout", 0.0, 0.95),
         ("anchor_refresh", 1, 1 << 30), ("patience", 0, 100_000), ("ema", 0.0, 0.99999),
-        ("views", -1, 1000), ("max_steps", 0, 1 << 40), ("save_seconds", 0.0, 1e9), ("threads", 0, 4096),
-    ):  # fmt: skip
-        value = getattr(run, name)
-        if not low <= value <= high:
-            hint = "A batch of one has nothing to contrast." if name == "batch_size" else ""
-            raise UsageError(f"run.{name}", expected=f"from {low} to {high}", got=str(value), do=hint)
+        ("views", -1, 1000), ("max_steps", 0, 1 << 40), ("save_seconds", 0.0, 1e9),
+        ("threads", 0, 4096), ("seed", -(2**63), 2**63 - 1),
+    )  # fmt: skip
     if not run.lr:
         raise UsageError("run.lr", expected="more than 0", got="0")
     if run.precision not in ("auto", "fp32", "bf16", "fp16"):
         raise UsageError("run.precision", expected="auto, fp32, bf16 or fp16", got=repr(run.precision))
     if not all(0.0 <= beta < 1.0 for beta in run.betas):
         raise UsageError("run.betas", expected="two numbers from 0 to below 1", got=str(run.betas))
-    if not -(2**63) <= run.seed < 2**63:
-        raise UsageError("run.seed", expected="a number of at most 64 bits", got=str(run.seed))
     rate_at(0, total=1, kind=run.schedule)
 
 
 def _check_objective(objective: Objective) -> None:
-    limits = {"smoothing": 1, "hard_share": 1, "modality_dropout": 1, "keep_classes": 1000, "keep_names": 1000}
-    for name, most in limits.items():
-        if not 0.0 <= getattr(objective, name) <= most:
-            raise UsageError(f"objective.{name}", expected=f"from 0 to {most}", got=str(getattr(objective, name)))
-    for name in ("hard_negatives", "soften_epochs", "mine_from"):
-        if getattr(objective, name) < 0:
-            raise UsageError(f"objective.{name}", expected="0 or more", got=str(getattr(objective, name)))
+    _check_range(
+        "objective", objective, ("smoothing", 0, 1), ("hard_share", 0, 1), ("modality_dropout", 0, 1),
+        ("keep_classes", 0, 1000), ("keep_names", 0, 1000), ("hard_negatives", 0, 1 << 20),
+        ("soften_epochs", 0, 100_000), ("mine_from", 0, 100_000),
+    )  # fmt: skip
     # What the parts of the loss refuse, they refuse now, not when pictures have been decoded for an hour.
     build_objective(objective.name, smoothing=objective.smoothing, margin=objective.margin)
     Distillation(objective.teacher_weight, objective.teacher_scale)
@@ -385,16 +388,13 @@ def _check_objective(objective: Objective) -> None:
 def _check_rerank(rerank: Rerank) -> None:
     if rerank.fusion not in FUSIONS:
         raise UsageError("rerank.fusion", expected=f"one of {', '.join(FUSIONS)}", got=repr(rerank.fusion)[:60])
-    for name, low, high in (
-        ("patch_dim", 1, 4096), ("grid", 1, 64), ("text_layer", -1, 96), ("layers", -1, 48), ("width", 0, 4096),
-        ("hidden", 1, 65_536), ("dropout", 0.0, 0.95), ("contrast", 0.0, 1000.0), ("match", 0.0, 1000.0),
-        ("negatives", -1, 4096), ("hardness", 0.0, 1000.0), ("mined", 0, 1000), ("mined_share", 0.0, 1.0),
-        ("teacher_weight", 0.0, 1000.0), ("layers_rate", 0.0, 100.0), ("image_train", 0, 1000),
-        ("image_rate", 0.0, 100.0), ("bank", 0, 1 << 20), ("depth", 2, 1000),
-        ("val_pictures", 8, 1 << 20), ("val_texts", 8, 1 << 20),
-    ):  # fmt: skip
-        value = getattr(rerank, name)
-        if not low <= value <= high:
-            raise UsageError(f"rerank.{name}", expected=f"from {low} to {high}", got=str(value))
+    _check_range(
+        "rerank", rerank, ("patch_dim", 1, 4096), ("grid", 1, 64), ("text_layer", -1, 96), ("layers", -1, 48),
+        ("width", 0, 4096), ("hidden", 1, 65_536), ("dropout", 0.0, 0.95), ("contrast", 0.0, 1000.0),
+        ("match", 0.0, 1000.0), ("negatives", -1, 4096), ("hardness", 0.0, 1000.0), ("mined", 0, 1000),
+        ("mined_share", 0.0, 1.0), ("teacher_weight", 0.0, 1000.0), ("layers_rate", 0.0, 100.0), ("bank", 0, 1 << 20),
+        ("image_train", 0, 1000), ("image_rate", 0.0, 100.0), ("depth", 2, 1000), ("val_pictures", 8, 1 << 20),
+        ("val_texts", 8, 1 << 20),
+    )  # fmt: skip
     if not rerank.contrast and not rerank.match:
         raise UsageError("rerank.contrast, rerank.match", expected="one above 0", got="0 and 0")

@@ -45,9 +45,9 @@ class Beginning:
 def begin(start: Start, *, seed: int) -> Beginning:
     """The model to train, in float32 on the CPU, in evaluation mode."""
     torch.manual_seed(seed)
-    if start.model:
-        return _from_checkpoint(start)
-    return _anew(start)
+    made = _from_checkpoint(start) if start.model else _anew(start)
+    _set_anchors(made.model, start)
+    return made
 
 
 def _from_checkpoint(start: Start) -> Beginning:
@@ -75,6 +75,21 @@ def _with_item(model: DualEncoder, kind: str) -> DualEncoder:
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("item.")}
     made.load_state_dict({**made.state_dict(), **state})
     return made.eval()
+
+
+def _set_anchors(model: DualEncoder, start: Start) -> None:
+    """What the settings say of the model's class-name anchors, in place."""
+    if start.anchor_peak is None and start.anchor_boost == 1.0:
+        return
+    anchors, config = model.image.anchors, model.config
+    if anchors is None or config.image.anchors is None:
+        raise UsageError("start.anchor_peak, start.anchor_boost", expected="a model with anchors", got="one without")
+    with torch.no_grad():
+        anchors.scale.mul_(start.anchor_boost)
+    if start.anchor_peak is not None:
+        anchors.peak = start.anchor_peak
+        told = replace(config.image.anchors, peak=start.anchor_peak)
+        model.config = replace(config, image=replace(config.image, anchors=told))
 
 
 def _anew(start: Start) -> Beginning:

@@ -71,8 +71,8 @@ def test_every_head_ends_in_the_shared_dimension(kind, dim):
     assert head(torch.randn(2, 6)).shape == (2, dim)
 
 
-def anchors_with(names, *, scale=1.0):
-    anchors = ClassNameAnchors(AnchorsConfig(classes=len(names), scale=scale), width=4, dim=names.shape[1])
+def anchors_with(names, **config):
+    anchors = ClassNameAnchors(AnchorsConfig(classes=len(names), **config), width=4, dim=names.shape[1])
     anchors.set_names(names)
     return anchors
 
@@ -86,6 +86,16 @@ def test_a_certain_classifier_adds_its_class_name_and_an_undecided_one_their_mea
         assert torch.allclose(anchors(torch.randn(1, 4)), torch.full((1, 3), 2 / 3))
         anchors.classifier.bias[1] = 50.0
         assert torch.allclose(anchors(torch.randn(1, 4)), torch.tensor([[0.0, 2.0, 0.0]]), atol=1e-6)
+
+
+def test_a_peak_lets_the_name_of_what_is_seen_stand_out():
+    """Verdicts of 1/3 and 2/3 with twice as sharp ones, 1/5 and 4/5, half and half: 4/15 and 11/15. With none, none."""
+    for peak, expected in ((0.5, [4 / 15, 11 / 15]), (0.0, [1 / 3, 2 / 3]), (1.0, [1 / 5, 4 / 5])):
+        anchors = anchors_with(torch.eye(2), peak=peak, sharpness=2.0)
+        with torch.no_grad():
+            anchors.classifier.weight.zero_()
+            anchors.classifier.bias.copy_(torch.tensor([0.0, 2.0]).log().clamp(min=0.0))
+            assert torch.allclose(anchors(torch.randn(1, 4)), torch.tensor([expected]))
 
 
 def test_anchor_names_are_scaled_to_norm_one_and_are_no_parameter():

@@ -55,6 +55,9 @@ def test_a_config_survives_json():
         ("image.pooling", "sum"),
         ("image.anchors", 3),
         ("image.anchors.classes", 10**12),
+        ("image.anchors.peak", 1.1),
+        ("image.anchors.peak", True),
+        ("image.anchors.sharpness", 0.5),
         ("preprocessing.size", 100_000),
         ("preprocessing.fit", "stretch"),
         ("preprocessing.interpolation", "magic"),
@@ -71,6 +74,14 @@ def test_an_absurd_setting_is_one_model_error(path, value):
     with pytest.raises(ModelError) as caught:
         build_dual_encoder(changed(path, value))
     assert "\n" not in str(caught.value)
+
+
+def test_anchors_with_a_peak_are_read_back_and_without_one_are_written_as_before():
+    """A model's identity is made of this: one that has no peak keeps its own."""
+    plain = DualEncoderConfig.from_json(changed("image.anchors", {"classes": 5})).to_json()
+    assert plain["image"]["anchors"] == {"classes": 5, "scale": 1.0}
+    peaked = {"classes": 5, "scale": 1.0, "peak": 0.4, "sharpness": 3.0}
+    assert DualEncoderConfig.from_json(changed("image.anchors", peaked)).to_json()["image"]["anchors"] == peaked
 
 
 json_values = st.recursive(

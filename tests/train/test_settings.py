@@ -89,7 +89,7 @@ def test_a_value_of_another_type_is_an_error_that_names_it(section, values):
         ("objective", {"matryoshka": [0]}),
         ("objective", {"keep_names": 1001}),
         ("objective", {"modality_dropout": 2}), ("objective", {"keep_classes": -1}), ("data", {"workers": -1}),
-        ("data", {"captions": 0}),
+        ("data", {"captions": 0}), ("start", {"anchor_peak": 1.5}), ("start", {"anchor_boost": -1}),
         ("text", {"train": 0}), ("text", {"train": "some"}), ("text", {"rate": 0}), ("image", {"lora": -1}),
         ("image", {"lora": 2, "train": "head"}), ("source", [{"repeat": 2}]),
     ],

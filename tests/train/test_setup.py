@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from train_kit import anew
 
 from mmsearch.errors import ModelError, UsageError
-from mmsearch.testing import TINY_TEXT, tiny_dual_encoder, tiny_transformers_directory
-from mmsearch.towers.checkpoint import load_dual_encoder
+from mmsearch.testing import TINY_TEXT, tiny_dual_encoder, tiny_tokenizer_json, tiny_transformers_directory
+from mmsearch.towers.checkpoint import load_dual_encoder, save_checkpoint
 from mmsearch.train.settings import Start
 from mmsearch.train.setup import begin
 
@@ -48,6 +48,26 @@ def test_backbones_are_filled_from_weights_on_disk(tmp_path):
     assert same(found.model.text.backbone, source.text.backbone)
     assert not same(found.model.text.projection, source.text.projection)
     assert found.name == "untrained heads"
+
+
+def test_anchors_are_sharpened_and_boosted_as_the_settings_say(plain_checkpoint, tmp_path):
+    """In the tower and in what is stored of it; nothing said changes nothing."""
+    before = load_dual_encoder(plain_checkpoint)
+    model = begin(start(model=str(plain_checkpoint.directory), anchor_peak=0.3, anchor_boost=2.0), seed=0).model
+    assert (model.image.anchors.peak, model.config.image.anchors.peak) == (0.3, 0.3)
+    assert torch.equal(model.image.anchors.scale, 2.0 * before.image.anchors.scale)
+    pooled = torch.randn(3, model.image.width)
+    assert not torch.allclose(model.image.embed(pooled), before.image.embed(pooled))
+    save_checkpoint(model, tmp_path / "made", tokenizer_json=tiny_tokenizer_json(), name="made", card="")
+    assert torch.allclose(
+        load_dual_encoder(tmp_path / "made").image.embed(pooled), model.image.embed(pooled), atol=1e-2
+    )
+
+
+def test_anchors_that_are_not_there_cannot_be_sharpened(tmp_path):
+    made = anew(tmp_path, image={"backbone": "plain_cnn:8,16"})
+    with pytest.raises(UsageError, match="a model with anchors"):
+        begin(start(**made, anchor_boost=2.0), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["weighted", "gated", "concat"])
