@@ -46,7 +46,7 @@ from mmsearch.train.item_validation import ItemHits, item_texts
 from mmsearch.train.journal import METRICS, Journal
 from mmsearch.train.lora import add_lora, merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
-from mmsearch.train.setup import Beginning, begin
+from mmsearch.train.setup import Beginning, begin, set_anchors
 from mmsearch.train.state import STATE
 from mmsearch.train.trainer import Trainer, Watcher, Workshop, digest_of, standing
 from mmsearch.train.validation import Validation, score_of
@@ -144,6 +144,7 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
     shop = workshop_of(bench, stack)
     trainer = Trainer(settings, bench.examples, shop)
     before = trainer.measure(name="before") if not bench.start.known else _first(bench, shop)
+    set_anchors(model, settings.start)
     initial = {name: value.clone() for name, value in plain_state(model).items()}
     bench.ranks.broadcast_state(model)
     resumed = trainer.resume()

@@ -46,7 +46,8 @@ def begin(start: Start, *, seed: int) -> Beginning:
     """The model to train, in float32 on the CPU, in evaluation mode."""
     torch.manual_seed(seed)
     made = _from_checkpoint(start) if start.model else _anew(start)
-    _set_anchors(made.model, start)
+    if _speaks_of_anchors(start) and made.model.image.anchors is None:
+        raise UsageError("start.anchor_peak, start.anchor_boost", expected="a model with anchors", got="one without")
     return made
 
 
@@ -77,19 +78,24 @@ def _with_item(model: DualEncoder, kind: str) -> DualEncoder:
     return made.eval()
 
 
-def _set_anchors(model: DualEncoder, start: Start) -> None:
-    """What the settings say of the model's class-name anchors, in place."""
-    if start.anchor_peak is None and start.anchor_boost == 1.0:
-        return
+def set_anchors(model: DualEncoder, start: Start) -> None:
+    """What the settings say of the class-name anchors of the model that `begin` gave, in place.
+
+    Apart from `begin`, so that the model before a run is measured as it is.
+    """
     anchors, config = model.image.anchors, model.config
     if anchors is None or config.image.anchors is None:
-        raise UsageError("start.anchor_peak, start.anchor_boost", expected="a model with anchors", got="one without")
+        return
     with torch.no_grad():
         anchors.scale.mul_(start.anchor_boost)
     if start.anchor_peak is not None:
         anchors.peak = start.anchor_peak
         told = replace(config.image.anchors, peak=start.anchor_peak)
         model.config = replace(config, image=replace(config.image, anchors=told))
+
+
+def _speaks_of_anchors(start: Start) -> bool:
+    return start.anchor_peak is not None or start.anchor_boost != 1.0
 
 
 def _anew(start: Start) -> Beginning:

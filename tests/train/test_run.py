@@ -94,6 +94,19 @@ def test_the_journal_has_every_step_and_every_validation(learned):
     assert measured[0]["val/text_to_image/hit@5"] == before
 
 
+def test_anchors_are_set_after_the_model_before_was_measured(plain_checkpoint, tmp_path):
+    """What the settings make of them is part of what the run did, and of what it stores."""
+    pairs, reports = table(tmp_path / "pictures", 16, val=8), []
+    for name, wanted in (("plain", {}), ("peaked", {"anchor_peak": 0.5, "anchor_boost": 50.0})):
+        chosen = settings(
+            pairs, start={"model": str(plain_checkpoint.directory), **wanted}, run={"epochs": 1, "lr": 1e-9},
+        )  # fmt: skip
+        reports.append(train(chosen, tmp_path / name).comparison)
+    plain, peaked = reports
+    assert peaked.before.figures() == plain.before.figures() != peaked.after.figures()
+    assert Checkpoint.open(tmp_path / "peaked" / "best").config.image.anchors.peak == 0.5
+
+
 def test_the_figures_are_those_of_the_checkpoint_as_it_is_stored(learned):
     """Half precision and the 8-bit table included: the card shows them, and `eval` finds the same."""
     from mmsearch.evaluate.evaluator import evaluate_file

@@ -9,7 +9,7 @@ from mmsearch.errors import ModelError, UsageError
 from mmsearch.testing import TINY_TEXT, tiny_dual_encoder, tiny_tokenizer_json, tiny_transformers_directory
 from mmsearch.towers.checkpoint import load_dual_encoder, save_checkpoint
 from mmsearch.train.settings import Start
-from mmsearch.train.setup import begin
+from mmsearch.train.setup import begin, set_anchors
 
 
 def start(**values) -> Start:
@@ -53,7 +53,10 @@ def test_backbones_are_filled_from_weights_on_disk(tmp_path):
 def test_anchors_are_sharpened_and_boosted_as_the_settings_say(plain_checkpoint, tmp_path):
     """In the tower and in what is stored of it; nothing said changes nothing."""
     before = load_dual_encoder(plain_checkpoint)
-    model = begin(start(model=str(plain_checkpoint.directory), anchor_peak=0.3, anchor_boost=2.0), seed=0).model
+    wanted = start(model=str(plain_checkpoint.directory), anchor_peak=0.3, anchor_boost=2.0)
+    model = begin(wanted, seed=0).model
+    assert same(model, before)  # it is measured first
+    set_anchors(model, wanted)
     assert (model.image.anchors.peak, model.config.image.anchors.peak) == (0.3, 0.3)
     assert torch.equal(model.image.anchors.scale, 2.0 * before.image.anchors.scale)
     pooled = torch.randn(3, model.image.width)
