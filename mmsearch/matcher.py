@@ -137,7 +137,10 @@ class Matcher:
         return probability_of(found)
 
     def match_one(self, picture: str | os.PathLike[str], text: str) -> Match:
-        """The answer for one picture, at a path or an address (`data.remote`), and one text. Raises as `match`."""
+        """The answer for one picture and one text. Raises as `match`.
+
+        The picture is at a path or an address (`data.remote`, `data.packed`), as text: a `Path` of one loses a slash.
+        """
         pixels = file_pixels(os.fspath(picture), self.encoder.preprocessing)
         evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         pair = PairToMatch(os.fspath(picture), text)

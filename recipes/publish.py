@@ -23,18 +23,19 @@ from mmsearch.towers.dual_encoder import DualEncoder
 from mmsearch.towers.locate import locate
 from mmsearch.towers.tokenise import Tokeniser
 from mmsearch.train.anchor_rows import IMAGENET, AnchorRows
+from mmsearch.train.averaging import mean_of
 from mmsearch.train.encoding import TowerPass
 
 
-def mean_of(directories: list[Path]) -> DualEncoder:
+def joined(directories: list[Path]) -> DualEncoder:
     """The model whose weights are the mean of those of checkpoints with one configuration."""
     models = [load_dual_encoder(directory) for directory in directories]
-    if len({str(model.config.to_json()) for model in models}) > 1:
-        raise SystemExit("expected checkpoints of one configuration, got several")
-    states = [model.state_dict() for model in models]
-    for name, value in states[0].items():
-        if value.is_floating_point():
-            value.copy_(torch.stack([state[name] for state in states]).mean(dim=0))
+    first = directories[0]
+    for directory, model in zip(directories, models, strict=True):
+        same_words = (directory / TOKENIZER).read_bytes() == (first / TOKENIZER).read_bytes()
+        if not same_words or model.config != models[0].config:
+            raise SystemExit(f"{directory}: expected the configuration and tokenizer of {first}, got others")
+    models[0].load_state_dict(mean_of([model.state_dict() for model in models]))
     return models[0]
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     directories = [locate(Path(path))[0] for path in options.checkpoint]
-    directory, model = directories[0], mean_of(directories)
+    directory, model = directories[0], joined(directories)
     tokeniser = Tokeniser.from_file(directory / TOKENIZER, max_tokens=model.config.max_tokens)
 
     def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,10 @@ _SHOWN_SKIPS = 20
 @guarded()
 def match(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="PICTURE|PAIRS", help="A picture, or a table of pictures and texts.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="PICTURE|PAIRS", help="A picture (file or address), or a table of pictures and texts."),
+    ],
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="With a picture: what it might show.")] = None,
     model: options.Model = None,
     threshold: Annotated[

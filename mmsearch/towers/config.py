@@ -158,7 +158,8 @@ class DualEncoderConfig:
             del plain["item"]  # a model without the head is written, and identified, as before there was one
         if not self.image.mirror:
             del plain["image"]["mirror"]
-        if self.image.anchors is not None and not self.image.anchors.peak:
+        anchors = self.image.anchors
+        if anchors is not None and anchors == AnchorsConfig(anchors.classes, anchors.scale):
             del plain["image"]["anchors"]["peak"], plain["image"]["anchors"]["sharpness"]
         return plain
 

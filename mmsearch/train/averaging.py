@@ -1,4 +1,4 @@
-"""Averages of weights: over the steps of a run (EMA), and between before and after (WiSE-FT).
+"""Averages of weights: over the steps of a run (EMA), between before and after (WiSE-FT), of several runs (soups).
 
 Decisions:
 - Averages are held in float32 whatever the model computes in, beside the model, in place of nothing.
@@ -79,6 +79,22 @@ def interpolate(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share
         raise UsageError("share", expected="a number in [0, 1]", got=str(share))
     _same_names("interpolation", before, after)
     return {name: _between(before[name], value, share) for name, value in after.items()}
+
+
+def mean_of(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the weights of runs that began at the same ones: floats only, counters are the first's.
+
+    A uniform model soup (Wortsman et al. 2022, arXiv:2203.05482). `InputError` when the states are not of the same
+    model. Rows made from weights (the anchors' names) should be made anew from the result.
+    """
+    if not states:
+        raise UsageError("states", expected="at least one", got="none")
+    for state in states[1:]:
+        _same_names("mean", states[0], state)
+    return {
+        name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value.clone()
+        for name, value in states[0].items()
+    }
 
 
 def choose_share(

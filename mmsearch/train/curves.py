@@ -11,6 +11,7 @@ Decisions:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVES = "curves.png"
-_SELDOM_S = 30.0
+SELDOM_S = 30.0
+"""How long a run goes on between two pictures."""
 _WIDTH, _HEIGHT, _DPI = 11.0, 3.2, 110  # inches, inches a row of panels, dots an inch
 _ROUGH = 60  # more points than these are drawn smoothed
 _LINES = ("-", "--", ":", "-.")
@@ -75,16 +77,23 @@ def draw_curves(metrics: Path, png: Path) -> None:
 
 
 class LiveCurves:
-    """Draws the journal `metrics` as `curves.png` beside it while a run goes on, at most every `seconds`."""
+    """Draws the journal `metrics` as `curves.png` beside it while a run goes on, at most every `seconds` of `clock`.
 
-    def __init__(self, metrics: Path, *, seconds: float = _SELDOM_S) -> None:
-        self._metrics, self._seconds, self._drawn = metrics, seconds, time.monotonic()
+    What cannot be drawn or written is left out: no run ends for a picture, and it is drawn again at the end.
+    """
+
+    def __init__(
+        self, metrics: Path, *, seconds: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics, self._clock = metrics, clock
+        self._seconds, self._drawn = SELDOM_S if seconds is None else seconds, clock()
 
     def draw(self) -> None:
         """Draw them if it is long enough since the last time, or since the beginning."""
-        if time.monotonic() - self._drawn >= self._seconds:
-            draw_curves(self._metrics, self._metrics.with_name(CURVES))
-            self._drawn = time.monotonic()
+        if self._clock() - self._drawn >= self._seconds:
+            with contextlib.suppress(InputError, OSError):
+                draw_curves(self._metrics, self._metrics.with_name(CURVES))
+            self._drawn = self._clock()
 
 
 Curves = dict[str, list[tuple[int, float]]]

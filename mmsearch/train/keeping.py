@@ -99,11 +99,12 @@ class KeptNames:
     """weight · mean over pictures of top · max(0, `NAMES_MARGIN` - row · own name + row · nearest other); in cosine.
 
     The own name is that of the class which the classifier sees in the same view, as it is now; top is the class's
-    share: a picture of which the classifier is not sure teaches little. Known value: 0 when all are found by more than
-    the margin. Rows are those of the step, with its dropout. Names are said by the text tower
-    where only its head learns (`heads_only`), and follow the gradient; else they are the anchors' rows, as last said.
-    `names`: the usual name of each class, in the order of the classifier. `whole`: all pictures of a batch, for a
-    frozen image backbone. `chunk`: pictures at a time, 0 for all. Draws from torch's global random numbers.
+    share: a picture of which the classifier is not sure teaches little. A class of the same name ("crane") is no other.
+    Known value: 0 when all are found by more than the margin. Rows are those of the step, with its dropout. Names are
+    said by the text tower where only its head learns (`heads_only`), and follow the gradient; else they are the
+    anchors' rows, as last said. `names`: the usual name of each class, in the order of the classifier. `whole`: all
+    pictures of a batch, for a frozen image backbone. `chunk`: pictures at a time, 0 for all. Draws from torch's global
+    random numbers.
     """
 
     def __init__(
@@ -111,6 +112,9 @@ class KeptNames:
         weight: float, heads_only: bool, whole: bool, chunk: int = 0,
     ) -> None:  # fmt: skip
         self._passes, self._weight, self._whole, self._chunk = passes, weight, whole, chunk
+        numbers = {name: place for place, name in enumerate(name.casefold() for name in names)}
+        told = torch.tensor([numbers[name.casefold()] for name in names], device=passes.device)
+        self._same = told.unsqueeze(0) == told.unsqueeze(1)  # (classes, classes)
         said = NAMES_SAID if heads_only else ()
         self._said = [Texts(filled(names, (sentence,)), passes, tokens, keep=True) for sentence in said]
 
@@ -129,7 +133,7 @@ class KeptNames:
             top, seen = anchors.classifier(pooled).softmax(dim=-1).max(dim=-1, keepdim=True)  # (b, 1)
         names = anchors.names if drawn is None else self._names(drawn)
         found = self._passes.embedded(pooled) @ names.T  # (b, classes)
-        rival = found.scatter(1, seen, -torch.inf).amax(dim=-1, keepdim=True)
+        rival = found.masked_fill(self._same[seen.squeeze(1)], -torch.inf).amax(dim=-1, keepdim=True)
         value: Tensor = (top * functional.relu(NAMES_MARGIN - found.gather(1, seen) + rival)).mean()
         return value
 

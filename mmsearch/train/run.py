@@ -46,7 +46,7 @@ from mmsearch.train.item_validation import ItemHits, item_texts
 from mmsearch.train.journal import METRICS, Journal
 from mmsearch.train.lora import add_lora, merge_lora, plain_state
 from mmsearch.train.settings import TrainSettings
-from mmsearch.train.setup import Beginning, begin, set_anchors
+from mmsearch.train.setup import Beginning, begin, set_anchors, speaks_of_anchors
 from mmsearch.train.state import STATE
 from mmsearch.train.trainer import Trainer, Watcher, Workshop, digest_of, standing
 from mmsearch.train.validation import Validation, score_of
@@ -142,9 +142,9 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
             last = getattr(settings, side).train
             add_lora(model, side=side, rank=rank, last=last if isinstance(last, int) else None)
     shop = workshop_of(bench, stack)
-    trainer = Trainer(settings, bench.examples, shop)
-    before = trainer.measure(name="before") if not bench.start.known else _first(bench, shop)
+    before = _first(bench, shop)
     set_anchors(model, settings.start)
+    trainer = Trainer(settings, bench.examples, shop)  # its average begins with what the model is now
     initial = {name: value.clone() for name, value in plain_state(model).items()}
     bench.ranks.broadcast_state(model)
     resumed = trainer.resume()
@@ -166,11 +166,13 @@ def _trained(bench: Bench, stack: ExitStack, *, started: float) -> TrainReport:
 
 
 def _first(bench: Bench, shop: Workshop) -> Evaluation | None:
-    """The model as it was given, its anchors' rows too."""
+    """The model as it was given, its anchors' rows too; of one that is built anew they are said first."""
     if shop.validation is None or not bench.ranks.is_main:
         return None
+    if not bench.start.known:
+        shop.anchors.refresh()
     bench.watcher.note(f"measuring {bench.start.name} on {len(shop.validation)} held-out pictures")
-    return shop.validation.evaluate(name=bench.start.name)
+    return shop.validation.evaluate(name=bench.start.name if bench.start.known else "before")
 
 
 def _ways(found: Evaluation) -> list[tuple[str, Mapping[str, float]]]:
@@ -244,8 +246,12 @@ def _finished(
             after, items = _stored(bench, shop.passes, shop.validation)
             comparison = _compared(bench, before, after)
             if share == 0.0:
+                anchors = (
+                    ", with their anchors as the settings have them" if speaks_of_anchors(bench.settings.start) else ""
+                )
                 bench.warn(
-                    "no share of the new weights was better than the model before: the towers were kept as they were"
+                    "no share of the new weights was better than the weights before: "
+                    f"the towers were kept as they were{anchors}"
                 )
         card = card_of(bench.settings, bench.examples, comparison, start=bench.start.name, share=share)
         (bench.out / BEST / "README.md").write_text(card, "utf-8")

@@ -21,12 +21,10 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mmsearch.errors import InputError, UsageError
-from mmsearch.rerank.config import FUSIONS
 from mmsearch.train.augment import Augmentation
 from mmsearch.train.examples import DataSource
-from mmsearch.train.losses import Distillation, InfoNce, Matryoshka, build_objective
 from mmsearch.train.parameters import Tuning
-from mmsearch.train.schedule import rate_at
+from mmsearch.train.settings_check import check_settings
 
 BUNDLED = "bundled"
 _MAX_RECIPE = 1 << 20
@@ -197,11 +195,7 @@ class TrainSettings:
     rerank: Rerank = field(default_factory=Rerank)
 
     def __post_init__(self) -> None:
-        _check_range("data", self.data, ("workers", 0, 4096), ("captions", 1, 1 << 16))
-        _check_range("start", self.start, ("anchor_peak", 0.0, 1.0), ("anchor_boost", 0.0, 100.0))
-        _check_run(self.run)
-        _check_objective(self.objective)
-        _check_rerank(self.rerank)
+        check_settings(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `settings_from` takes them."""
@@ -288,7 +282,8 @@ def settings_from(values: Mapping[str, Any]) -> TrainSettings:
     if unknown := sorted(set(values) - known):
         raise UsageError(f"recipe, [{unknown[0]}]", expected=f"one of {', '.join(sorted(known))}", got=unknown[0])
     sources = tuple(_made(DataSource, entry, "source") for entry in _listed(values.get("source", ())))
-    made, defaults = dict[str, Any](sources=sources), TrainSettings()
+    made: dict[str, Any] = {"sources": sources}
+    defaults = TrainSettings()
     for section, cls in _SECTIONS.items():
         if section in values:
             made[section] = _made(cls, values[section], section, base=getattr(defaults, section))
@@ -322,7 +317,7 @@ def _typed(value: object, hint: object, where: str) -> object:
     """`value` as the setting's type has it: whole numbers pass as fractions, lists as tuples."""
     if isinstance(value, list):
         value = tuple(value)
-    if hint is float and type(value) is int:
+    if type(value) is int and (hint is float or (get_origin(hint) is UnionType and float in get_args(hint))):
         return float(value)
     if not _fits(value, hint):
         name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).rpartition(".")[2]
@@ -343,58 +338,3 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - a type as it was 
     if origin is Mapping:
         return isinstance(value, Mapping)
     return type(value) is hint or (hint is float and type(value) is int)
-
-
-def _check_range(section: str, settings: object, *limits: tuple[str, float, float]) -> None:
-    """`UsageError` for the first setting that is below its least or above its most."""
-    for name, low, high in limits:
-        value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            hint = "A batch of one has nothing to contrast." if name == "batch_size" else ""
-            raise UsageError(f"{section}.{name}", expected=f"from {low} to {high}", got=str(value), do=hint)
-
-
-def _check_run(run: Run) -> None:
-    _check_range(
-        "run", run, ("epochs", 0, 100_000), ("batch_size", 2, 1 << 20), ("lr", 0.0, 10.0), ("weight_decay", 0.0, 10.0),
-        ("warmup", 0.0, 1.0), ("floor", 0.0, 1.0), ("backbone_start", 0.0, 1.0), ("clip", 0.0, 1e6),
-        ("chunk", 0, 1 << 20), ("accumulate", 1, 1 << 16), ("feature_dropout", 0.0, 0.95),
-        ("anchor_refresh", 1, 1 << 30), ("patience", 0, 100_000), ("ema", 0.0, 0.99999),
-        ("views", -1, 1000), ("max_steps", 0, 1 << 40), ("save_seconds", 0.0, 1e9),
-        ("threads", 0, 4096), ("seed", -(2**63), 2**63 - 1),
-    )  # fmt: skip
-    if not run.lr:
-        raise UsageError("run.lr", expected="more than 0", got="0")
-    if run.precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UsageError("run.precision", expected="auto, fp32, bf16 or fp16", got=repr(run.precision))
-    if not all(0.0 <= beta < 1.0 for beta in run.betas):
-        raise UsageError("run.betas", expected="two numbers from 0 to below 1", got=str(run.betas))
-    rate_at(0, total=1, kind=run.schedule)
-
-
-def _check_objective(objective: Objective) -> None:
-    _check_range(
-        "objective", objective, ("smoothing", 0, 1), ("hard_share", 0, 1), ("modality_dropout", 0, 1),
-        ("keep_classes", 0, 1000), ("keep_names", 0, 1000), ("hard_negatives", 0, 1 << 20),
-        ("soften_epochs", 0, 100_000), ("mine_from", 0, 100_000),
-    )  # fmt: skip
-    # What the parts of the loss refuse, they refuse now, not when pictures have been decoded for an hour.
-    build_objective(objective.name, smoothing=objective.smoothing, margin=objective.margin)
-    Distillation(objective.teacher_weight, objective.teacher_scale)
-    if objective.matryoshka:
-        Matryoshka(InfoNce(), objective.matryoshka)
-
-
-def _check_rerank(rerank: Rerank) -> None:
-    if rerank.fusion not in FUSIONS:
-        raise UsageError("rerank.fusion", expected=f"one of {', '.join(FUSIONS)}", got=repr(rerank.fusion)[:60])
-    _check_range(
-        "rerank", rerank, ("patch_dim", 1, 4096), ("grid", 1, 64), ("text_layer", -1, 96), ("layers", -1, 48),
-        ("width", 0, 4096), ("hidden", 1, 65_536), ("dropout", 0.0, 0.95), ("contrast", 0.0, 1000.0),
-        ("match", 0.0, 1000.0), ("negatives", -1, 4096), ("hardness", 0.0, 1000.0), ("mined", 0, 1000),
-        ("mined_share", 0.0, 1.0), ("teacher_weight", 0.0, 1000.0), ("layers_rate", 0.0, 100.0), ("bank", 0, 1 << 20),
-        ("image_train", 0, 1000), ("image_rate", 0.0, 100.0), ("depth", 2, 1000), ("val_pictures", 8, 1 << 20),
-        ("val_texts", 8, 1 << 20),
-    )  # fmt: skip
-    if not rerank.contrast and not rerank.match:
-        raise UsageError("rerank.contrast, rerank.match", expected="one above 0", got="0 and 0")

@@ -46,7 +46,7 @@ def begin(start: Start, *, seed: int) -> Beginning:
     """The model to train, in float32 on the CPU, in evaluation mode."""
     torch.manual_seed(seed)
     made = _from_checkpoint(start) if start.model else _anew(start)
-    if _speaks_of_anchors(start) and made.model.image.anchors is None:
+    if speaks_of_anchors(start) and made.model.image.anchors is None:
         raise UsageError("start.anchor_peak, start.anchor_boost", expected="a model with anchors", got="one without")
     return made
 
@@ -94,7 +94,8 @@ def set_anchors(model: DualEncoder, start: Start) -> None:
         model.config = replace(config, image=replace(config.image, anchors=told))
 
 
-def _speaks_of_anchors(start: Start) -> bool:
+def speaks_of_anchors(start: Start) -> bool:
+    """Whether the settings change the class-name anchors of the model before it learns."""
     return start.anchor_peak is not None or start.anchor_boost != 1.0
 
 

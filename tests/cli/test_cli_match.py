@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from cli_fakes import FakeLibrary
 from PIL import Image
@@ -31,6 +32,13 @@ def test_one_pair_is_a_probability_and_yes_or_no(mmsearch, library):
     read = json.loads(mmsearch("match", "red.png", "red", "--json", library=library).out)
     assert (read["image"], read["text"], read["match"]) == ("red.png", "red", True)
     assert {"cosine", "logit", "log_odds"} <= set(read["parts"])
+
+
+def test_a_picture_may_be_named_by_an_address(mmsearch, library):
+    """It is fetched; both slashes arrive."""
+    fsspec.filesystem("memory").pipe("/bucket/red.png", Path("red.png").read_bytes())
+    ended = mmsearch("match", "memory://bucket/red.png", "red", "--json", library=library)
+    assert (ended.code, json.loads(ended.out)["image"]) == (0, "memory://bucket/red.png")
 
 
 def test_many_pairs_are_a_line_each_in_their_order(mmsearch, library):

@@ -85,6 +85,19 @@ def test_both_mirror_images_are_in_the_graph(tmp_path):
         assert (cosine(backend.encode_pixels(pixels[:, :, ::-1].copy()), wanted) > 0.9999).all()
 
 
+def test_anchors_with_a_peak_are_in_the_graph(tmp_path):
+    """Both verdicts; the model without the peak is another one."""
+    peaked = {**TINY_CONFIG, "image": {**TINY_CONFIG["image"], "anchors": {"classes": 5, "scale": 3.0, "peak": 0.5}}}
+    checkpoint = tiny_checkpoint(tmp_path / "peaked", config=peaked, graphs=True)
+    pixels, model = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8), load_dual_encoder(checkpoint)
+    with torch.no_grad():
+        wanted = model.encode_images(torch.from_numpy(pixels))
+        model.image.anchors.peak = 0.0
+        other = model.encode_images(torch.from_numpy(pixels))
+    got = OnnxBackend(checkpoint.directory).encode_pixels(pixels)
+    assert (cosine(got, wanted) > 0.99999).all() and (cosine(got, other) < 0.9999).all()
+
+
 def test_graphs_are_covered_by_checksums(graph_checkpoint):
     """A changed graph would be a changed model."""
     assert {"text.onnx", "image.onnx"} <= set(Checkpoint.open(graph_checkpoint.directory).files)

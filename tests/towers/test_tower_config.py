@@ -80,6 +80,8 @@ def test_anchors_with_a_peak_are_read_back_and_without_one_are_written_as_before
     """A model's identity is made of this: one that has no peak keeps its own."""
     plain = DualEncoderConfig.from_json(changed("image.anchors", {"classes": 5})).to_json()
     assert plain["image"]["anchors"] == {"classes": 5, "scale": 1.0}
+    sharp = DualEncoderConfig.from_json(changed("image.anchors", {"classes": 5, "sharpness": 8.0}))
+    assert DualEncoderConfig.from_json(sharp.to_json()) == sharp
     peaked = {"classes": 5, "scale": 1.0, "peak": 0.4, "sharpness": 3.0}
     assert DualEncoderConfig.from_json(changed("image.anchors", peaked)).to_json()["image"]["anchors"] == peaked
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmsearch.errors import InputError, UsageError
-from mmsearch.train.averaging import Average, choose_share, interpolate
+from mmsearch.train.averaging import Average, choose_share, interpolate, mean_of
 
 
 class Small(nn.Module):
@@ -120,6 +120,19 @@ def test_states_of_different_models_are_not_mixed(after):
         interpolate({"w": torch.ones(2)}, after, 0.5)
     with pytest.raises(UsageError, match="share"):
         interpolate({}, {}, 1.5)
+
+
+def test_the_mean_of_runs_is_that_of_their_floats():
+    """1, 2 and 6 make 3; of one run it is that run. Counters are the first's; other models are refused."""
+    states = [Small(weight).state_dict() for weight in (1.0, 2.0, 6.0)]
+    states[0]["counter"] = torch.tensor(7)
+    found = mean_of(states)
+    assert (found["weight"].item(), found["counter"].item()) == (3.0, 7)
+    assert torch.equal(mean_of(states[2:])["weight"], states[2]["weight"])
+    with pytest.raises(InputError, match="in x"):
+        mean_of([{"w": torch.ones(2)}, {"w": torch.ones(2), "x": torch.ones(1)}])
+    with pytest.raises(UsageError):
+        mean_of([])
 
 
 def chosen(score, *, shares=(1.0, 0.0, 0.5)):

@@ -88,12 +88,21 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
 
 def test_a_run_that_goes_on_is_drawn_now_and_then(tmp_path):
     """Not after every short epoch, and with what was logged last."""
-    path = metrics(tmp_path, {"step": 1, "loss": 2.0})
-    LiveCurves(path).draw()
-    assert not (tmp_path / "curves.png").exists()
-    often = LiveCurves(path, seconds=0.0)
-    often.draw()
-    first = (tmp_path / "curves.png").read_bytes()
+    times, png = iter([0.0, 29.0, 30.0, 31.0, 59.0, 61.0, 62.0]), tmp_path / "curves.png"
+    live = LiveCurves(metrics(tmp_path, {"step": 1, "loss": 2.0}), seconds=30.0, clock=lambda: next(times))
+    live.draw()  # at 29
+    assert not png.exists()
+    live.draw()  # at 30, done at 31
+    first = png.read_bytes()
     metrics(tmp_path, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0})
-    often.draw()
-    assert (tmp_path / "curves.png").read_bytes() != first
+    live.draw()  # at 59
+    assert png.read_bytes() == first
+    live.draw()  # at 61
+    assert png.read_bytes() != first
+
+
+def test_no_run_ends_for_a_picture(tmp_path):
+    """A journal that was moved away, a folder where the picture should be."""
+    LiveCurves(tmp_path / "gone.jsonl", seconds=0.0).draw()
+    (tmp_path / "curves.png").mkdir()
+    LiveCurves(metrics(tmp_path, {"step": 1, "loss": 2.0}), seconds=0.0).draw()

@@ -127,6 +127,24 @@ def test_names_that_are_found_teach_nothing():
     assert named(model, heads_only=False).backward(pixels(6)) == 0.0
 
 
+def test_a_class_of_the_same_name_is_no_rival():
+    """ImageNet has two cranes: neither can be ahead of the other, in whatever case they are written."""
+    model = tiny_dual_encoder().eval()
+    rows = torch.eye(5, model.config.dim)
+    with torch.no_grad():
+        model.image.anchors.scale.fill_(100.0)
+        model.image.anchors.classifier.weight.mul_(100.0)
+        seen = model.image.anchors.classifier(model.image.pooled(model.normalise_pixels(pixels(6)))).argmax(-1)
+    own, twin = int(seen[0]), (int(seen[0]) + 1) % 5
+    rows[twin] = rows[own]
+    model.image.anchors.set_names(rows)
+    assert named(model, heads_only=False).backward(pixels(6)) > 0.0
+    twins = [*NAMES]
+    twins[twin] = twins[own].upper()
+    kept = KeptNames(passes(model), names=twins, tokens=tokens, weight=2.0, heads_only=False, whole=False)
+    assert kept.backward(pixels(6)) == 0.0
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 def test_where_only_heads_learn_all_pictures_are_taught(pooled):
     """From pixels, and from features that are kept."""

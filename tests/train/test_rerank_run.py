@@ -124,6 +124,14 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(stop, at, pairs, plain_ch
     assert (again.scoring, again.comparison) == (report.scoring, report.comparison)
 
 
+def test_curves_are_drawn_while_a_run_goes_on(pairs, plain_checkpoint, tmp_path, monkeypatch):
+    """After an epoch, not only at the end."""
+    monkeypatch.setattr("mmsearch.train.curves.SELDOM_S", 0.0)
+    with pytest.raises(Stop):
+        train_reranker(usual(pairs, plain_checkpoint), tmp_path / "mine", watcher=Watch(at="epoch 2: re-ranked"))
+    assert (tmp_path / "mine" / "curves.png").exists()
+
+
 # Other fusions
 
 

@@ -13,7 +13,7 @@ from train_kit import Stop, Watch, anew, losses, settings, table
 from mmsearch.encoder import Encoder
 from mmsearch.errors import InputError, ModelError, ResourceError, UsageError
 from mmsearch.evaluate.comparison import Verdict
-from mmsearch.towers.checkpoint import Checkpoint
+from mmsearch.towers.checkpoint import Checkpoint, load_dual_encoder
 from mmsearch.train.card import card_of
 from mmsearch.train.examples import Examples, read_examples
 from mmsearch.train.run import _check_ranks, train
@@ -103,8 +103,22 @@ def test_anchors_are_set_after_the_model_before_was_measured(plain_checkpoint, t
         )  # fmt: skip
         reports.append(train(chosen, tmp_path / name).comparison)
     plain, peaked = reports
+    stored, given = (
+        float(load_dual_encoder(one).image.anchors.scale.detach())
+        for one in (tmp_path / "peaked" / "best", plain_checkpoint)
+    )
+    assert stored == pytest.approx(50.0 * given, rel=1e-3)  # also in the average of the steps
     assert peaked.before.figures() == plain.before.figures() != peaked.after.figures()
     assert Checkpoint.open(tmp_path / "peaked" / "best").config.image.anchors.peak == 0.5
+
+
+def test_curves_are_drawn_while_a_run_goes_on(plain_checkpoint, tmp_path, monkeypatch):
+    """After an epoch, not only at the end."""
+    monkeypatch.setattr("mmsearch.train.curves.SELDOM_S", 0.0)
+    chosen = settings(table(tmp_path / "pictures", 12), start={"model": str(plain_checkpoint.directory)})
+    with pytest.raises(Stop):
+        train(chosen, tmp_path / "mine", watcher=Watch(at="epoch 2"))
+    assert (tmp_path / "mine" / "curves.png").exists()
 
 
 def test_the_figures_are_those_of_the_checkpoint_as_it_is_stored(learned):

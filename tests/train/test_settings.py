@@ -100,6 +100,13 @@ def test_a_value_that_cannot_mean_anything_is_refused_at_once(section, values):
         settings_from({section: values})
 
 
+def test_a_whole_number_is_the_same_setting_as_a_fraction():
+    """Also where there may be none: `1` in a recipe goes on with a run of `1.0`."""
+    one, other = (settings_from({"start": {"anchor_peak": value}}) for value in (1, 1.0))
+    assert type(one.start.anchor_peak) is float and one.digest() == other.digest()
+    assert settings_from({"objective": {"mine_from": 10**9}}).objective.mine_from == 10**9
+
+
 def test_a_batch_of_one_has_nothing_to_contrast():
     """It says so."""
     with pytest.raises(UsageError, match="nothing to contrast") as caught:
