@@ -1,6 +1,6 @@
 """Put a trained re-ranker into the package, beside the bundled towers that it reads.
 
-    python recipes/publish_rerank.py --checkpoint checkpoints/rerank --name mmsearch-late-2 --out mmsearch/weights
+    python recipes/publish_rerank.py --checkpoint checkpoints/rerank --name mmsearch-late-3 --out mmsearch/weights
 
 Its files are copied as they are; the name changes, and the card comes from `rerank_card.md`.
 """

@@ -89,10 +89,10 @@ def test_an_answer_shows_its_parts(matcher, tmp_path):
 def test_a_picture_may_be_named_by_an_address(matcher, tmp_path):
     """What lies in a bucket is fetched, and answered like the same file here."""
     (path,) = saved(tmp_path, "red")
-    fsspec.filesystem("memory").pipe("/bucket/red.png", path.read_bytes())
-    far = matcher.match_one("memory://bucket/red.png", "red")
+    fsspec.filesystem("memory").pipe("/matched/red.png", path.read_bytes())
+    far = matcher.match_one("memory://matched/red.png", "red")
     assert far.probability == matcher.match_one(path, "red").probability > 0.9
-    assert far.pair.image == "memory://bucket/red.png"
+    assert far.pair.image == "memory://matched/red.png"
 
 
 @pytest.mark.parametrize(("pictures", "texts"), [(1, ["a", "b"]), (1, "red"), (1, ["  "])])

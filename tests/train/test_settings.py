@@ -104,7 +104,13 @@ def test_a_whole_number_is_the_same_setting_as_a_fraction():
     """Also where there may be none: `1` in a recipe goes on with a run of `1.0`."""
     one, other = (settings_from({"start": {"anchor_peak": value}}) for value in (1, 1.0))
     assert type(one.start.anchor_peak) is float and one.digest() == other.digest()
+
+
+def test_a_range_without_an_end_is_called_so():
+    """A large number means never; one below is refused with what may be."""
     assert settings_from({"objective": {"mine_from": 10**9}}).objective.mine_from == 10**9
+    with pytest.raises(UsageError, match="expected 0 or more"):
+        settings_from({"objective": {"mine_from": -1}})
 
 
 def test_a_batch_of_one_has_nothing_to_contrast():
