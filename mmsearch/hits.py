@@ -72,8 +72,10 @@ class Asked:
 def text_answered(text: str, encoder: Callable[[], Encodes], search: Callable[[Embeddings], Hits]) -> Hits:
     """What `search` finds for the text's row, with a note where only the text's beginning could be used.
 
-    `encoder` is called for texts with words only. Raises `UsageError` for one without.
+    `encoder` is called for texts with words only. Raises `UsageError` for one without, and for what is no text.
     """
+    if not isinstance(text, str):
+        raise UsageError("query", expected="a text", got=type(text).__name__)
     if not text.strip():
         raise UsageError("query", expected="some words", got="an empty text")
     reads = encoder()

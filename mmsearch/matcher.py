@@ -190,6 +190,8 @@ class Matcher:
         self, pixels: Pixels, which: NDArray[np.int64], texts: Sequence[str]
     ) -> tuple[Evidence, NDArray[np.bool_]]:
         """(n, s, s, 3) pictures, (m,) each pair's picture, (m) texts -> evidence on m pairs, (m,) which is whole."""
+        if strange := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+            raise UsageError("text", expected="a text", got=strange[0])
         if any(not text.strip() for text in texts):
             raise UsageError("text", expected="some words", got="an empty text")
         single = list(dict.fromkeys(texts))

@@ -95,9 +95,9 @@ def test_a_picture_may_be_named_by_an_address(matcher, tmp_path):
     assert far.pair.image == "memory://matched/red.png"
 
 
-@pytest.mark.parametrize(("pictures", "texts"), [(1, ["a", "b"]), (1, "red"), (1, ["  "])])
+@pytest.mark.parametrize(("pictures", "texts"), [(1, ["a", "b"]), (1, "red"), (1, ["  "]), (1, [None])])
 def test_lists_that_do_not_fit_are_refused(matcher, tmp_path, pictures, texts):
-    """Unequal lengths, one str, an empty text."""
+    """Unequal lengths, one str, an empty text, no text."""
     with pytest.raises(UsageError):
         matcher.match(saved(tmp_path, "red")[:pictures], texts)
 

@@ -70,9 +70,9 @@ def test_k_outside_its_range_is_refused(searcher, k):
         searcher.search_text("red", k=k)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n"])
+@pytest.mark.parametrize("text", ["", "   ", "\n", None, 3, ["red"]])
 def test_an_empty_query_is_refused(searcher, text):
-    """Nothing cannot be looked for."""
+    """Nothing cannot be looked for, nor what a service made of a request without a text."""
     with pytest.raises(UsageError):
         searcher.search_text(text)
 
