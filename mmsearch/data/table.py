@@ -33,6 +33,7 @@ ELSE_CAPTIONS = ("sentence", "sentences", "description", "descriptions", "commen
 Row: TypeAlias = Sequence[tuple[str, object]]
 
 _CAPTION = re.compile(r"caption_.*|caption\d*|captions|title|text")
+_GAPS = re.compile(r"[\s-]+")
 _LINE_CHARACTERS, _HEADER_CHARACTERS = 1 << 24, 4096
 _SEPARATORS = ",;\t|"
 _COLUMNS = f"a column {IMAGE_COLUMNS[0]} (or {', '.join(IMAGE_COLUMNS[1:])}) or caption"
@@ -76,14 +77,14 @@ def read_list(path: str, entries: Iterable[object], *, on_skip: OnSkip) -> Itera
 
 def record(line: int, row: Row) -> Record:
     """One row's meaning; `ValueError` when it has neither picture nor text."""
-    lower = {name.strip().lower(): position for position, (name, _) in enumerate(row)}
+    lower = {plain_name(name): position for position, (name, _) in enumerate(row)}
     image_at = next((lower[name] for name in IMAGE_COLUMNS if name in lower), None)
     stated: dict[str, str | None] = {"id": None, "split": None, "group": None}
     captions: tuple[str, ...] = ()
     metadata: dict[str, object] = {}
     of_captions = caption_columns(lower)
     for position, (name, value) in enumerate(row):
-        key = name.strip().lower()
+        key = plain_name(name)
         if position == image_at or value is None or value == "":
             continue
         if key in of_captions:
@@ -144,12 +145,18 @@ def _split(line: str, separator: str) -> list[str]:
 
 
 def _usable(header: Iterable[str]) -> int:
-    names = {name.strip().lower() for name in header}
+    names = {plain_name(name) for name in header}
     return len(names & set(IMAGE_COLUMNS)) + len(caption_columns(names))
 
 
+@functools.lru_cache(maxsize=256)
+def plain_name(name: str) -> str:
+    """A column's name as it is compared. Known values: " File Name" and "file-name" are file_name."""
+    return _GAPS.sub("_", name.strip().lower())
+
+
 def caption_columns(names: Iterable[str]) -> frozenset[str]:
-    """Those of the names, in lower case, that hold captions.
+    """Those of the names, plain (`plain_name`), that hold captions.
 
     Known values: caption, comment -> caption; image, comment, alt -> comment.
     """
@@ -172,7 +179,7 @@ def is_table(path: str) -> bool:
             first = file.readline(_HEADER_CHARACTERS)
     except (OSError, UnicodeError):
         return False
-    names = [{name.strip().lower() for name in _split(first, separator)} for separator in _SEPARATORS]
+    names = [{plain_name(name) for name in _split(first, separator)} for separator in _SEPARATORS]
     return any(caption_columns(some) and not some.isdisjoint(IMAGE_COLUMNS) for some in names)
 
 

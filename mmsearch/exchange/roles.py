@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmsearch.data.table import IMAGE_COLUMNS, caption_columns
+from mmsearch.data.table import IMAGE_COLUMNS, caption_columns, plain_name
 from mmsearch.data.texts import captions_in, clean, json_value, parse_json
 from mmsearch.errors import InputError
 from mmsearch.exchange.base import Facts
@@ -26,14 +26,14 @@ class Roles:
     """The columns `names` by what they mean; `id_column`: the one with ids, must be there when it is named."""
 
     def __init__(self, names: Sequence[str], *, id_column: str | None, where: str) -> None:
-        lower = {name.strip().lower(): place for place, name in reversed(list(enumerate(names)))}
+        lower = {plain_name(name): place for place, name in reversed(list(enumerate(names)))}
         if id_column is not None and id_column not in names:
             raise InputError(where, expected=f"a column {id_column!r}", got=", ".join(names)[:200] or "none")
         self._id = names.index(id_column) if id_column is not None else lower.get("id")
         self._path = next((lower[name] for name in IMAGE_COLUMNS if name in lower and lower[name] != self._id), None)
         self._known = {name: lower[name] for name in (*_NUMBERS, "taken_at", METADATA, CAPTIONS) if name in lower}
         used = {self._id, self._path, *self._known.values()}
-        left = {p: name.strip().lower() for p, name in enumerate(names) if p not in used}
+        left = {p: plain_name(name) for p, name in enumerate(names) if p not in used}
         of_captions = caption_columns(left.values())
         self._captions = [p for p, name in left.items() if name in of_captions]
         used.update(self._captions)

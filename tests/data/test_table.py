@@ -75,7 +75,8 @@ def test_every_format_says_the_same(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "column", ["image", "image_path", "filepath", "path", "file", "filename", " Image ", "FILE_NAME"]
+    "column",
+    ["image", "image_path", "filepath", "path", "file", "filename", " Image ", "FILE_NAME", "File name", "img-path"],
 )
 def test_the_picture_is_found_under_many_names(folder, column):
     """And the first of them wins when there are several; the others are metadata."""
@@ -87,7 +88,7 @@ def test_the_picture_is_found_under_many_names(folder, column):
 
 def test_captions_are_gathered_from_all_their_columns(folder):
     """caption, captions, title, text, caption_0 ...; lists and JSON lists in cells; duplicates once."""
-    row = {"image": "1.jpg", "captions": ["a", "b"], "caption_0": "c", "caption": "a", "title": "d", "text": None}
+    row = {"image": "1.jpg", "captions": ["a", "b"], "Caption 0": "c", "caption": "a", "title": "d", "text": None}
     (source,), _ = read(write(folder, "t.jsonl", json.dumps(row)))
     assert source.captions == ("a", "b", "c", "d")
     (source,), _ = read(write(folder, "t.csv", 'image,captions\n1.jpg,"[""a"", ""b""]"\n'))

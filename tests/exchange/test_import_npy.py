@@ -103,7 +103,7 @@ def test_ids_come_from_lines_arrays_json_lines_and_tables(tmp_path, kind):
 def test_a_table_beside_the_vectors_brings_captions_and_metadata(tmp_path):
     """Columns mean for vectors what they mean for pictures; a row without an id is known by its number."""
     table = pa.table(
-        {"id": ["a", None, "c"], "caption": ["red", "", "blue"], "year": [1, 2, None], "width": [10, 20, 30],
+        {"id": ["a", None, "c"], "Caption 1": ["red", "", "blue"], "year": [1, 2, None], "width": [10, 20, 30],
          "metadata": ['{"x": [1]}', "no JSON", None]}
     )  # fmt: skip
     parquet.write_table(table, tmp_path / "facts.parquet")
