@@ -69,15 +69,20 @@ class Asked:
             raise UsageError("k", expected=f"1 to {MAX_DEPTH} hits, re-ranked", got=str(self.k))
 
 
+def check_words(text: object, *, where: str) -> None:
+    """`UsageError` for what is no text, or one without words; `where`: what it was given as."""
+    if not isinstance(text, str):
+        raise UsageError(where, expected="a text", got=type(text).__name__)
+    if not text.strip():
+        raise UsageError(where, expected="some words", got="an empty text")
+
+
 def text_answered(text: str, encoder: Callable[[], Encodes], search: Callable[[Embeddings], Hits]) -> Hits:
     """What `search` finds for the text's row, with a note where only the text's beginning could be used.
 
     `encoder` is called for texts with words only. Raises `UsageError` for one without, and for what is no text.
     """
-    if not isinstance(text, str):
-        raise UsageError("query", expected="a text", got=type(text).__name__)
-    if not text.strip():
-        raise UsageError("query", expected="some words", got="an empty text")
+    check_words(text, where="query")
     reads = encoder()
     found = search(reads.encode_texts([text]))
     if reads.truncated([text])[0]:

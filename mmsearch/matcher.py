@@ -33,6 +33,7 @@ from mmsearch.data.texts import OnSkip
 from mmsearch.encoder import file_pixels, to_pixels
 from mmsearch.errors import InputError, ModelError, UsageError
 from mmsearch.evaluate.matching import evaluate_matching
+from mmsearch.hits import check_words
 from mmsearch.rerank.calibration import probability_of
 from mmsearch.rerank.commonness import rarity as rarity_of
 from mmsearch.rerank.scores import Evidence
@@ -141,9 +142,9 @@ class Matcher:
 
         The picture is at a path or an address (`data.remote`, `data.packed`), as text: a `Path` of one loses a slash.
         """
-        pixels = file_pixels(os.fspath(picture), self.encoder.preprocessing)
-        evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         pair = PairToMatch(os.fspath(picture), text)
+        pixels = file_pixels(pair.image, self.encoder.preprocessing)
+        evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         _require(usable, [pair.image])
         cut = self.encoder.truncated([text])[0]
         return Match(pair, float(probability_of(self._final(evidence))[0]), self._parts(evidence)[0], cut)
@@ -190,10 +191,8 @@ class Matcher:
         self, pixels: Pixels, which: NDArray[np.int64], texts: Sequence[str]
     ) -> tuple[Evidence, NDArray[np.bool_]]:
         """(n, s, s, 3) pictures, (m,) each pair's picture, (m) texts -> evidence on m pairs, (m,) which is whole."""
-        if strange := [type(text).__name__ for text in texts if not isinstance(text, str)]:
-            raise UsageError("text", expected="a text", got=strange[0])
-        if any(not text.strip() for text in texts):
-            raise UsageError("text", expected="some words", got="an empty text")
+        for text in texts:
+            check_words(text, where="text")
         single = list(dict.fromkeys(texts))
         number = {text: place for place, text in enumerate(single)}
         rows, usable = self.encoder.encode_pixels(pixels)

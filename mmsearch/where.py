@@ -84,19 +84,18 @@ class Condition:
 
 
 Where: TypeAlias = tuple[Condition, ...]
+"""Conditions that must all hold; none: everything does."""
 
 
 def conditions(where: Iterable[Condition]) -> Where:
     """Any conditions as they are remembered and asked; `UsageError` for what is none (a text, one without a list)."""
-    found = () if isinstance(where, Condition | str) else tuple(where)
-    if isinstance(where, Condition | str) or not all(isinstance(one, Condition) for one in found):
-        got = f"{where!r}"[:80] if isinstance(where, Condition | str) else f"{found!r}"[:80]
+    lone = isinstance(where, Condition | str)
+    found = () if lone else tuple(where)
+    if lone or not all(isinstance(one, Condition) for one in found):
+        got = repr(where if lone else found)[:80]
         do = 'Write where=(parse_condition("year>=2020"),).'
         raise UsageError("where", expected="a tuple of conditions", got=got, do=do)
     return found
-
-
-"""Conditions that must all hold; none: everything does."""
 
 
 def kind(value: Value) -> type[str] | type[float] | type[bool]:

@@ -1,7 +1,7 @@
 """Put a trained checkpoint, or the mean of several, into the package as the bundled model.
 
     python recipes/publish.py --checkpoint checkpoints/names-0 --checkpoint checkpoints/names-1 \
-        --checkpoint checkpoints/names-2 --name mmsearch-lite2-minilm-6 --mirror --out mmsearch/weights
+        --checkpoint checkpoints/names-2 --name mmsearch-lite2-minilm-6 --boost 1.05 --mirror --out mmsearch/weights
 
 Averages the weights (a model soup: Wortsman et al. 2022, arXiv:2203.05482, uniform; the runs have to begin at the same
 model), says the anchors' names anew, multiplies their share by `--boost`, and writes the card from `bundled_card.md`.

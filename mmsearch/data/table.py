@@ -77,14 +77,14 @@ def read_list(path: str, entries: Iterable[object], *, on_skip: OnSkip) -> Itera
 
 def record(line: int, row: Row) -> Record:
     """One row's meaning; `ValueError` when it has neither picture nor text."""
-    lower = {plain_name(name): position for position, (name, _) in enumerate(row)}
+    keys = [plain_name(name) for name, _ in row]
+    lower = {key: position for position, key in enumerate(keys)}
     image_at = next((lower[name] for name in IMAGE_COLUMNS if name in lower), None)
     stated: dict[str, str | None] = {"id": None, "split": None, "group": None}
     captions: tuple[str, ...] = ()
     metadata: dict[str, object] = {}
     of_captions = caption_columns(lower)
-    for position, (name, value) in enumerate(row):
-        key = plain_name(name)
+    for position, (key, (name, value)) in enumerate(zip(keys, row, strict=True)):
         if position == image_at or value is None or value == "":
             continue
         if key in of_captions:

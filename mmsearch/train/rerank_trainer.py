@@ -278,12 +278,12 @@ class RerankTrainer:
             self.parts.watcher.note(f"{when}: re-ranked {told}{star}")
         return score
 
-    def measure(self, *, name: str = "re-ranked") -> Found | None:
+    def measure(self) -> Found | None:
         """The averaged model on the held-out pairs; None without any."""
         if self.parts.validation is None:
             return None
         with self._averaged():
-            return self.parts.validation.measure(name=name)
+            return self.parts.validation.measure(name="re-ranked")
 
     def _averaged(self) -> Any:  # noqa: ANN401 - a context manager
         return torch.no_grad() if self._average is None else self._average.applied(self.model)

@@ -39,8 +39,7 @@ def _check_run(run: Run) -> None:
         ("warmup", 0.0, 1.0), ("floor", 0.0, 1.0), ("backbone_start", 0.0, 1.0), ("clip", 0.0, 1e6),
         ("chunk", 0, 1 << 20), ("accumulate", 1, 1 << 16), ("feature_dropout", 0.0, 0.95),
         ("anchor_refresh", 1, 1 << 30), ("patience", 0, 100_000), ("ema", 0.0, 0.99999),
-        ("views", -1, 1000), ("max_steps", 0, 1 << 40), ("save_seconds", 0.0, 1e9),
-        ("threads", 0, 4096),
+        ("views", -1, 1000), ("max_steps", 0, 1 << 40), ("save_seconds", 0.0, 1e9), ("threads", 0, 4096),
     )  # fmt: skip
     if not run.lr:
         raise UsageError("run.lr", expected="more than 0", got="0")

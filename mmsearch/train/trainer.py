@@ -263,13 +263,13 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         self._save()
 
-    def measure(self, *, name: str = "after") -> Evaluation | None:
+    def measure(self) -> Evaluation | None:
         """The averaged model on the held-out pairs, on the main rank; None without pairs, or on another rank."""
         if self.shop.validation is None or not self.shop.ranks.is_main:
             return None
         with self._averaged():
             self.shop.anchors.refresh()
-            return self.shop.validation.evaluate(name=name)
+            return self.shop.validation.evaluate(name="after")
 
     def _averaged(self) -> Any:  # noqa: ANN401 - a context manager
         return torch.no_grad() if self._average is None else self._average.applied(self.model)
