@@ -118,20 +118,23 @@ class Matcher:
         reranker = Reranker.load(model, device=device)  # first: it says that there is none before towers are read
         return cls(Encoder.load(model, device=device), reranker)
 
-    def match(self, pictures: Sequence[Image | Pixels | os.PathLike[str]], texts: Sequence[str]) -> NDArray[np.float64]:
+    def match(
+        self, pictures: Sequence[Image | Pixels | str | os.PathLike[str]], texts: Sequence[str]
+    ) -> NDArray[np.float64]:
         """(n) pictures and (n) texts, pair by pair -> (n,) probabilities in (0, 1) that they match.
 
-        A picture is a PIL image, (h, w, 3) uint8 pixels or a path. Raises `ImageError` for one that cannot be read,
-        `ModelError` for one that the model gives no numbers for, `UsageError` for lists of unequal length and empty
-        texts.
+        A picture is a PIL image, (h, w, 3) uint8 pixels, a path, or a path or an address (`match_one`) as text. Raises
+        `ImageError` for one that cannot be read, `ModelError` for one that the model gives no numbers for, `UsageError`
+        for lists of unequal length and empty texts.
         """
-        if isinstance(texts, str) or len(pictures) != len(texts):
-            got = "one str" if isinstance(texts, str) else f"{len(pictures)} pictures and {len(texts)} texts"
+        one = isinstance(texts, str) or isinstance(pictures, str)
+        if one or len(pictures) != len(texts):
+            got = "one str" if one else f"{len(pictures)} pictures and {len(texts)} texts"
             raise UsageError("pairs", expected="two lists of one length", got=got)
         found = np.empty(len(texts))
         for low in range(0, len(texts), AT_ONCE):
             part = slice(low, low + AT_ONCE)
-            pixels = [to_pixels(picture, self.encoder.preprocessing) for picture in pictures[part]]
+            pixels = [self._pixels(picture) for picture in pictures[part]]
             evidence, usable = self._evidence(np.stack(pixels), np.arange(len(pixels)), texts[part])
             _require(usable, [f"picture {low + place}" for place in range(len(usable))])
             found[part] = self._final(evidence)
@@ -157,6 +160,11 @@ class Matcher:
         with Loader(preprocessing=self.encoder.preprocessing, workers=workers, ahead=batch_size) as loader:
             while batch := list(islice(rest, batch_size)):
                 yield from self._answered(batch, loader)
+
+    def _pixels(self, picture: Image | Pixels | str | os.PathLike[str]) -> Pixels:
+        if isinstance(picture, str):
+            return file_pixels(picture, self.encoder.preprocessing)
+        return to_pixels(picture, self.encoder.preprocessing)
 
     def _answered(self, batch: Sequence[PairToMatch], loader: Loader) -> Iterator[Match | Skipped]:
         paths = list(dict.fromkeys(pair.image for pair in batch if pair.text.strip()))

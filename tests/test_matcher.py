@@ -93,6 +93,10 @@ def test_a_picture_may_be_named_by_an_address(matcher, tmp_path):
     far = matcher.match_one("memory://matched/red.png", "red")
     assert far.probability == matcher.match_one(path, "red").probability > 0.9
     assert far.pair.image == "memory://matched/red.png"
+    every = matcher.match(["memory://matched/red.png", str(path), path], ["red"] * 3)
+    assert every == pytest.approx([far.probability] * 3, abs=1e-9)
+    with pytest.raises(ImageError, match="gone.png"):
+        matcher.match(["memory://matched/gone.png"], ["red"])
 
 
 @pytest.mark.parametrize(("pictures", "texts"), [(1, ["a", "b"]), (1, "red"), (1, ["  "]), (1, [None])])
@@ -100,6 +104,8 @@ def test_lists_that_do_not_fit_are_refused(matcher, tmp_path, pictures, texts):
     """Unequal lengths, one str, an empty text, no text."""
     with pytest.raises(UsageError):
         matcher.match(saved(tmp_path, "red")[:pictures], texts)
+    with pytest.raises(UsageError, match="one str"):
+        matcher.match("red.png", ["r"] * 7)
 
 
 def test_towers_and_re_ranker_must_belong_together():
