@@ -118,7 +118,7 @@ def small_ray():
                 log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
             break
-        except RuntimeError:
+        except Exception:  # Ray raises RuntimeError, or Exception itself when the node is late
             ray.shutdown()
             if not left:
                 raise
