@@ -95,7 +95,7 @@ def test_a_picture_may_be_named_by_an_address(matcher, tmp_path):
     assert far.pair.image == "memory://matched/red.png"
     every = matcher.match(["memory://matched/red.png", str(path), path], ["red"] * 3)
     assert every == pytest.approx([far.probability] * 3, abs=1e-9)
-    with pytest.raises(ImageError, match="gone.png"):
+    with pytest.raises(ImageError, match=r"gone\.png"):
         matcher.match(["memory://matched/gone.png"], ["red"])
 
 

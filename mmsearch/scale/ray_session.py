@@ -23,6 +23,7 @@ _OLDEST = (2, 60)
 _PATIENCE_S = 5.0
 _START_A_CLUSTER = "Start one with 'ray start --head' there, or leave --address out to use this machine alone."
 
+_AGAIN = "On a busy machine, try again; Ray's own logs say more."
 _LET_IN = "A cluster with tokens wants RAY_AUTH_MODE=token and its token here too; Ray's version must be the cluster's."
 
 
@@ -80,7 +81,10 @@ def connect(
             )
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
+        # a node that is late for its own start is a plain Exception to Ray; what is of any other kind is a bug
+        if type(error) is not Exception and not isinstance(error, (RuntimeError, ValueError, OSError)):
+            raise
         raise _refused(address, error) from error
     return RaySession(ray, owned=True)
 
@@ -106,6 +110,6 @@ def _refused(address: str | None, error: Exception) -> InputError | ResourceErro
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     got = (" ".join(lines)[:400] if "ersion" in str(error) else (lines or [type(error).__name__])[0]).rstrip(".")
     if address is None:
-        return ResourceError("ray", expected="Ray to start on this machine", got=got, do="Ray's own logs say more.")
+        return ResourceError("ray", expected="Ray to start on this machine", got=got, do=_AGAIN)
     do = _START_A_CLUSTER if address == "auto" else _LET_IN  # somebody listens there, see `check_address`
     return InputError(f"--address {address}", expected="a Ray cluster", got=got, do=do)

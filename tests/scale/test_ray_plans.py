@@ -16,6 +16,7 @@ from mmsearch.data.images import DEFAULT_LIMITS, Limits
 from mmsearch.data.loading import Failed
 from mmsearch.errors import IndexMismatchError, InputError, ModelError, ResourceError, UsageError
 from mmsearch.pictures import Encoded, Request
+from mmsearch.scale import ray_session
 from mmsearch.scale.ray_encode import Plan, RayPictures, place_of, plan_for
 from mmsearch.scale.ray_session import check_address
 from mmsearch.scale.ray_workers import EncodeShards, Task, from_columns, to_columns
@@ -303,6 +304,26 @@ def test_an_address_where_nobody_listens_is_refused_at_once():
     """With what to do about it."""
     with pytest.raises(InputError, match="ray start --head"):
         check_address("127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (Exception("The current node timed out during startup.\nSee the logs."), ResourceError),
+        (RuntimeError("no port"), ResourceError),
+        (TypeError("a bug"), TypeError),
+    ],
+)
+def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch, error, raised):
+    """Also where Ray calls it a plain Exception; a bug stays one."""
+
+    def init(**settings):
+        raise error
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setattr(ray_session, "import_ray", lambda: fake)
+    with pytest.raises(raised, match=str(error).splitlines()[0].rstrip(".")):
+        ray_session.connect(None)
 
 
 def test_rows_that_were_encoded_together_stay_with_their_pictures():
