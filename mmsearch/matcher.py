@@ -123,13 +123,15 @@ class Matcher:
     ) -> NDArray[np.float64]:
         """(n) pictures and (n) texts, pair by pair -> (n,) probabilities in (0, 1) that they match.
 
-        A picture is a PIL image, (h, w, 3) uint8 pixels, a path, or a path or an address (`match_one`) as text. Raises
-        `ImageError` for one that cannot be read, `ModelError` for one that the model gives no numbers for, `UsageError`
-        for lists of unequal length and empty texts.
+        A picture is a PIL image, (h, w, 3) uint8 pixels, a `Path`, or a str: a path or an address (see `match_one`).
+        Raises `ImageError` for one that cannot be read, `ModelError` for one that the model gives no numbers for,
+        `UsageError` for lists of unequal length, one str in the place of a list, empty texts, and what is no picture.
         """
-        one = isinstance(texts, str) or isinstance(pictures, str)
-        if one or len(pictures) != len(texts):
-            got = "one str" if one else f"{len(pictures)} pictures and {len(texts)} texts"
+        for name, given in (("pictures", pictures), ("texts", texts)):
+            if isinstance(given, str):
+                raise UsageError(name, expected="a list", got="one str")
+        if len(pictures) != len(texts):
+            got = f"{len(pictures)} pictures and {len(texts)} texts"
             raise UsageError("pairs", expected="two lists of one length", got=got)
         found = np.empty(len(texts))
         for low in range(0, len(texts), AT_ONCE):

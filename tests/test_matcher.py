@@ -104,8 +104,12 @@ def test_lists_that_do_not_fit_are_refused(matcher, tmp_path, pictures, texts):
     """Unequal lengths, one str, an empty text, no text."""
     with pytest.raises(UsageError):
         matcher.match(saved(tmp_path, "red")[:pictures], texts)
-    with pytest.raises(UsageError, match="one str"):
-        matcher.match("red.png", ["r"] * 7)
+
+
+def test_one_str_is_no_list_of_pictures(matcher):
+    """Its letters are not taken for paths."""
+    with pytest.raises(UsageError, match=r"pictures: .*one str"):
+        matcher.match("red.png", ["r"] * len("red.png"))
 
 
 def test_towers_and_re_ranker_must_belong_together():

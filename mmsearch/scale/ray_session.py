@@ -82,8 +82,9 @@ def connect(
         else:
             ray.init(address=address, **quiet)
     except Exception as error:
-        # a node that is late for its own start is a plain Exception to Ray; what is of any other kind is a bug
-        if type(error) is not Exception and not isinstance(error, (RuntimeError, ValueError, OSError)):
+        # Ray raises a plain Exception where its own node is late, and a RayError where a token is wanted
+        refusals = (RuntimeError, ValueError, OSError, ray.exceptions.RayError)
+        if type(error) is not Exception and not isinstance(error, refusals):
             raise
         raise _refused(address, error) from error
     return RaySession(ray, owned=True)
@@ -111,5 +112,6 @@ def _refused(address: str | None, error: Exception) -> InputError | ResourceErro
     got = (" ".join(lines)[:400] if "ersion" in str(error) else (lines or [type(error).__name__])[0]).rstrip(".")
     if address is None:
         return ResourceError("ray", expected="Ray to start on this machine", got=got, do=_AGAIN)
-    do = _START_A_CLUSTER if address == "auto" else _LET_IN  # somebody listens there, see `check_address`
+    nobody = address == "auto" and isinstance(error, ConnectionError)  # at any other, see `check_address`
+    do = _START_A_CLUSTER if nobody else _LET_IN
     return InputError(f"--address {address}", expected="a Ray cluster", got=got, do=do)

@@ -306,24 +306,30 @@ def test_an_address_where_nobody_listens_is_refused_at_once():
         check_address("127.0.0.1:9")
 
 
+class UnlistedError(Exception):
+    """What Ray calls a RayError: none of Python's own kinds."""
+
+
 @pytest.mark.parametrize(
-    ("error", "raised"),
+    ("address", "error", "raised", "hint"),
     [
-        (Exception("The current node timed out during startup.\nSee the logs."), ResourceError),
-        (RuntimeError("no port"), ResourceError),
-        (TypeError("a bug"), TypeError),
+        (None, Exception("The node timed out.\nSee the logs."), ResourceError, "try again"),
+        (None, RuntimeError("no port"), ResourceError, "try again"),
+        ("auto", UnlistedError("No token was found"), InputError, "RAY_AUTH_MODE"),
+        (None, TypeError("a bug"), TypeError, ""),
     ],
 )
-def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch, error, raised):
-    """Also where Ray calls it a plain Exception; a bug stays one."""
+def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch, address, error, raised, hint):
+    """Also where Ray calls it a plain Exception or an error of its own; a bug stays one."""
 
     def init(**settings):
         raise error
 
-    fake = SimpleNamespace(is_initialized=lambda: False, init=init)
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=SimpleNamespace(RayError=UnlistedError))
     monkeypatch.setattr(ray_session, "import_ray", lambda: fake)
-    with pytest.raises(raised, match=str(error).splitlines()[0].rstrip(".")):
-        ray_session.connect(None)
+    with pytest.raises(raised, match=f"{str(error).splitlines()[0].rstrip('.')}.*{hint}") as caught:
+        ray_session.connect(address)
+    assert "See the logs" not in str(caught.value)
 
 
 def test_rows_that_were_encoded_together_stay_with_their_pictures():
