@@ -148,7 +148,7 @@ class Matcher:
         The picture is at a path or an address (`data.remote`, `data.packed`), as text: a `Path` of one loses a slash.
         """
         pair = PairToMatch(os.fspath(picture), text)
-        pixels = file_pixels(pair.image, self.encoder.preprocessing)
+        pixels = self._pixels(pair.image)
         evidence, usable = self._evidence(pixels[None], np.zeros(1, np.int64), [text])
         _require(usable, [pair.image])
         cut = self.encoder.truncated([text])[0]

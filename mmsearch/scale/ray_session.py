@@ -84,9 +84,9 @@ def connect(
     except Exception as error:
         # Ray raises a plain Exception where its own node is late, and a RayError where a token is wanted
         refusals = (RuntimeError, ValueError, OSError, ray.exceptions.RayError)
-        if type(error) is not Exception and not isinstance(error, refusals):
-            raise
-        raise _refused(address, error) from error
+        if type(error) is Exception or isinstance(error, refusals):
+            raise _refused(address, error) from error
+        raise
     return RaySession(ray, owned=True)
 
 
@@ -112,6 +112,6 @@ def _refused(address: str | None, error: Exception) -> InputError | ResourceErro
     got = (" ".join(lines)[:400] if "ersion" in str(error) else (lines or [type(error).__name__])[0]).rstrip(".")
     if address is None:
         return ResourceError("ray", expected="Ray to start on this machine", got=got, do=_AGAIN)
-    nobody = address == "auto" and isinstance(error, ConnectionError)  # at any other, see `check_address`
-    do = _START_A_CLUSTER if nobody else _LET_IN
+    nobody_listens = address == "auto" and isinstance(error, ConnectionError)  # else `check_address` has said so
+    do = _START_A_CLUSTER if nobody_listens else _LET_IN
     return InputError(f"--address {address}", expected="a Ray cluster", got=got, do=do)

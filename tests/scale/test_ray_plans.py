@@ -18,7 +18,6 @@ from mmsearch.errors import IndexMismatchError, InputError, ModelError, Resource
 from mmsearch.pictures import Encoded, Request
 from mmsearch.scale import ray_session
 from mmsearch.scale.ray_encode import Plan, RayPictures, place_of, plan_for
-from mmsearch.scale.ray_session import check_address
 from mmsearch.scale.ray_workers import EncodeShards, Task, from_columns, to_columns
 from mmsearch.similarity import normalise
 from mmsearch.store import IndexStore
@@ -297,13 +296,13 @@ def test_other_limits_or_another_index_are_another_job():
 def test_an_address_that_cannot_be_one_is_a_usage_error(address):
     """Said before Ray is asked, which would try for minutes."""
     with pytest.raises(UsageError, match="auto or HOST:PORT"):
-        check_address(address)
+        ray_session.check_address(address)
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once():
     """With what to do about it."""
     with pytest.raises(InputError, match="ray start --head"):
-        check_address("127.0.0.1:9")
+        ray_session.check_address("127.0.0.1:9")
 
 
 class UnlistedError(Exception):
